@@ -1,0 +1,105 @@
+# Each target first sets up what it needs, in $(VENV), and is a no-op where that is done already.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed only where no torch that is new enough can be imported. Pinned: the newest one is a download
+# of several GB.
+TORCH ?= torch==2.13.0
+# More arguments for pytest, or for the script that runs.
+ARGS ?=
+
+ifneq ($(words $(VENV)),1)
+$(error VENV is one path without spaces, got "$(VENV)"; make takes spaces apart)
+endif
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+COMPILED := $(filter %.cpp %.cu,$(SOURCES))
+LOG := build/build.log
+
+# Another torch than the extension was built for means another build; so does an extension that is gone.
+STALE := $(shell '$(PY)' -c 'import importlib.metadata as m, json; \
+	exit(json.load(open("bnfused/_build_info.txt"))["torch"] != m.version("torch"))' 2>/dev/null \
+	|| echo FORCE)
+# A build option that is set may be another than last time; ninja compiles only what it changes.
+ifneq ($(BNFUSED_CUDA)$(TORCH_CUDA_ARCH_LIST),)
+STALE := FORCE
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help build demo test lint bench clean FORCE
+
+help:
+	@echo 'make demo    train a small network with bnfused and with torch, and compare'
+	@echo 'make test    run the tests'
+	@echo 'make lint    ruff, mypy and clang-format'
+	@echo 'make bench   time bnfused and torch on this machine'
+	@echo 'make build   set up $(VENV) and compile the extension, which demo, test and bench do too'
+	@echo 'make clean   remove what was built; $(VENV) stays'
+	@echo
+	@echo 'PYTHON=python3.12   the Python to set up $(VENV) with'
+	@echo 'VENV=path           another environment; one that exists is used as it is'
+	@echo 'ARGS="-k frozen"    more arguments for pytest, or for the script that runs'
+
+build: $(VENV)/.extension
+
+demo: $(VENV)/.extension
+	@$(PY) benchmarks/train_digits.py $(ARGS)
+
+# Only the pinned plugin: $(VENV) sees the system's packages, and so whatever pytest plugins are there.
+test: $(VENV)/.extension
+	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) -m pytest -p _hypothesis_pytestplugin $(ARGS)
+
+lint: $(VENV)/.tools
+	@echo 'ruff check'
+	@$(PY) -m ruff check --quiet --output-format=concise .
+	@echo 'ruff format --check'
+	@$(PY) -m ruff format --quiet --check .
+	@echo 'mypy'
+	@$(PY) -m mypy
+	@echo 'clang-format'
+	@find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) -exec \
+	  $(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror {} +
+
+bench: $(VENV)/.extension
+	@$(PY) benchmarks/bench.py $(or $(ARGS),--quick)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f bnfused/_C*.so bnfused/_build_info.txt '$(VENV)/.extension'
+	find bnfused tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment sees the system's packages, so that a torch that is installed there is used.
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'bnfused needs Python 3.10 or newer; choose one with make PYTHON=python3.12'; exit 1; }
+	@echo 'making $(VENV) with $(PYTHON)'
+	@$(PYTHON) -m venv --system-site-packages '$(VENV)'
+
+$(VENV)/.torch: | $(PY)
+	@if $(PY) -c 'import torch; exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 11])' \
+	    2>/dev/null; then \
+	  echo 'using the torch that is installed'; \
+	else \
+	  echo 'installing $(TORCH)'; $(PIP) install -qq $(TORCH); \
+	fi
+	@touch $@
+
+$(VENV)/.tools: requirements-dev.txt $(VENV)/.torch
+	@echo 'installing the pinned tools of requirements-dev.txt'
+	@$(PIP) install -qq -r requirements-dev.txt
+	@touch $@
+
+# ninja is a program, and has to be found on the PATH.
+$(VENV)/.extension: $(VENV)/.tools setup.py pyproject.toml $(SOURCES) $(STALE)
+	@echo 'compiling the extension: $(words $(COMPILED)) files, about a minute from scratch (log: $(LOG))'
+	@mkdir -p build
+	@PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH" \
+	  $(PIP) install --verbose --no-build-isolation --no-deps -e . >$(LOG) 2>&1 || { \
+	    grep -E -A 5 'error: |not found|bnfused: ' $(LOG) || tail -n 30 $(LOG); \
+	    echo 'the build failed; all of its output is in $(LOG)'; exit 1; }
+	@sed -n 's/^ *bnfused: /bnfused: /p' $(LOG)
+	@touch $@

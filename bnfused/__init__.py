@@ -1,0 +1,33 @@
+"""Batch norm for PyTorch in fused kernels: drop-in modules, with the ReLU and the residual add fused in.
+
+``bnfused.BatchNorm2d`` stands wherever ``torch.nn.BatchNorm2d`` does; ``bnfused.functional.batch_norm`` is the same
+without a module; ``bnfused.reference.batch_norm`` is the specification in plain torch.
+"""
+
+from bnfused import autograd, functional, reference
+from bnfused._extension import build_info, is_available, why_unavailable
+from bnfused.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "autograd",
+    "build_info",
+    "functional",
+    "is_available",
+    "reference",
+    "why_unavailable",
+]

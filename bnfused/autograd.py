@@ -1,0 +1,300 @@
+"""Gradients of the ops: one ``autograd.Function`` for the forward, one for the backward.
+
+The first derivative runs in the kernels, also where it is itself differentiated (``create_graph=True``). Every higher
+one is torch's derivative of the reference formula: nothing is silently zero, whatever the order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfused import reference
+
+_ops = torch.ops.bnfused
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """Batch norm with residual and activation, differentiable to any order.
+
+    ``apply`` returns ``y``; with ``with_saved`` it returns ``(y, mean, invstd, mask)``, as the ops do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        residual: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        activation: int,
+        activation_param: float,
+        with_saved: bool = False,
+    ) -> Any:
+        with _BelowAutograd():
+            if training:
+                y, mean, invstd, mask = _ops.batch_norm_train.default(
+                    x,
+                    weight,
+                    bias,
+                    running_mean,
+                    running_var,
+                    num_batches_tracked,
+                    residual,
+                    momentum,
+                    eps,
+                    activation,
+                    activation_param,
+                )
+            else:
+                y, mean, invstd, mask = _ops.batch_norm_frozen.default(
+                    x,
+                    weight,
+                    bias,
+                    running_mean,
+                    running_var,
+                    residual,
+                    eps,
+                    activation,
+                    activation_param,
+                )
+        ctx.eps = eps
+        ctx.settings = (activation, activation_param, training)
+        # Without an activation the residual's gradient is grad_y itself, and neither it nor bias is needed again.
+        ctx.has_residual = residual is not None
+        if activation == 0:
+            bias = residual = None
+        ctx.save_for_backward(x, weight, bias, residual, mean, invstd, mask)
+        if not with_saved:
+            return y
+        ctx.mark_non_differentiable(mean, invstd, mask)
+        return y, mean, invstd, mask
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
+        x, weight, bias, residual, mean, invstd, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        activation = ctx.settings[0]
+        need_residual = needs[6]
+        output_mask = (needs[0], needs[1], needs[2], need_residual and activation != 0)
+        if torch.is_grad_enabled():
+            grads = BatchNormBackwardFunction.apply(
+                grad_y,
+                x,
+                weight,
+                bias,
+                residual,
+                mean,
+                invstd,
+                mask,
+                *ctx.settings,
+                output_mask,
+                ctx.eps,
+            )
+        else:
+            with _BelowAutograd():
+                grads = _ops.batch_norm_backward.default(
+                    grad_y,
+                    x,
+                    weight,
+                    bias,
+                    residual,
+                    mean,
+                    invstd,
+                    mask,
+                    *ctx.settings,
+                    output_mask,
+                )
+        grad_residual = None
+        if need_residual:
+            grad_residual = grad_y if activation == 0 else grads[3]
+        return (
+            grads[0] if needs[0] else None,
+            grads[1] if needs[1] else None,
+            grads[2] if needs[2] else None,
+            None,
+            None,
+            None,
+            grad_residual,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class BatchNormBackwardFunction(torch.autograd.Function):
+    """The backward op as a differentiable function of ``grad_y``, ``x``, ``weight``, ``bias`` and ``residual``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_y: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        mask: Tensor | None,
+        activation: int,
+        activation_param: float,
+        training: bool,
+        output_mask: tuple[bool, bool, bool, bool],
+        eps: float,
+    ) -> Any:
+        ctx.settings = (activation, activation_param, training, eps)
+        ctx.output_mask = output_mask
+        ctx.save_for_backward(grad_y, x, weight, bias, residual, mean, invstd)
+        ctx.set_materialize_grads(False)
+        with _BelowAutograd():
+            return _ops.batch_norm_backward.default(
+                grad_y,
+                x,
+                weight,
+                bias,
+                residual,
+                mean,
+                invstd,
+                mask,
+                activation,
+                activation_param,
+                training,
+                output_mask,
+            )
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
+        saved: Any = ctx.saved_tensors
+        grad_y, x, weight, bias, residual, mean, invstd = saved
+        activation, activation_param, training, eps = ctx.settings
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Fresh views: what is differentiated here must not reach back into the graph that made these tensors.
+            inputs: Any = [
+                None if t is None else _differentiable(t, create_graph) for t in (grad_y, x, weight, bias, residual)
+            ]
+            grad_y, x, weight, bias, residual = inputs
+            values = x.to(reference.arithmetic_dtype(x))
+            if training:
+                mean, var = reference.statistics(values)
+                invstd = (var + eps).rsqrt()
+            y = reference.transform(values, mean, invstd, weight, bias, residual, activation, activation_param).to(
+                x.dtype
+            )
+            pairs = [
+                (source, upstream)
+                for source, upstream, wanted in zip(
+                    (x, weight, bias, residual), grad_grads, ctx.output_mask, strict=True
+                )
+                if wanted and source is not None and upstream is not None
+            ]
+            if not pairs:
+                return (None,) * 13
+            first = torch.autograd.grad(y, [source for source, _ in pairs], grad_y, create_graph=True)
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            second = iter(
+                torch.autograd.grad(
+                    first,
+                    wanted,
+                    [upstream for _, upstream in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            )
+        results = [next(second) if needed else None for needed in ctx.needs_input_grad[:5]]
+        return (*results, *[None] * 8)
+
+
+def _differentiable(tensor: Tensor, create_graph: bool) -> Tensor:
+    """A tensor to differentiate by: still part of the caller's graph only where that graph is asked for."""
+    if create_graph and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()
+
+
+def _requires_grad(*args: Any) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
+def _train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    *settings: Any,
+) -> Any:
+    args = (x, weight, bias, running_mean, running_var, num_batches_tracked, residual)
+    if _requires_grad(x, weight, bias, residual):
+        return BatchNormFunction.apply(*args, True, *settings, True)
+    with _BelowAutograd():
+        return _ops.batch_norm_train.default(*args, *settings)
+
+
+def _frozen(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    *settings: Any,
+) -> Any:
+    if _requires_grad(x, weight, bias, residual):
+        return BatchNormFunction.apply(
+            x, weight, bias, running_mean, running_var, None, residual, False, None, *settings, True
+        )
+    with _BelowAutograd():
+        return _ops.batch_norm_frozen.default(x, weight, bias, running_mean, running_var, residual, *settings)
+
+
+def _eval(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    *settings: Any,
+) -> Any:
+    if _requires_grad(x, weight, bias, residual):
+        return BatchNormFunction.apply(
+            x, weight, bias, running_mean, running_var, None, residual, False, None, *settings
+        )
+    with _BelowAutograd():
+        return _ops.batch_norm_eval.default(x, weight, bias, running_mean, running_var, residual, *settings)
+
+
+def _backward(grad_y: Tensor, x: Tensor, *rest: Any) -> Any:
+    if _requires_grad(grad_y, x, *rest[:3]):
+        raise RuntimeError(
+            "bnfused::batch_norm_backward: expected inputs that do not require grad; it is differentiable "
+            "through bnfused.functional.batch_norm"
+        )
+    with _BelowAutograd():
+        return _ops.batch_norm_backward.default(grad_y, x, *rest)
+
+
+def register() -> None:
+    """Give the dispatcher these gradients, for callers of ``torch.ops.bnfused`` and for torch.compile."""
+    _library.impl("batch_norm_train", _train, "Autograd")
+    _library.impl("batch_norm_frozen", _frozen, "Autograd")
+    _library.impl("batch_norm_eval", _eval, "Autograd")
+    _library.impl("batch_norm_backward", _backward, "Autograd")
+
+
+_library = torch.library.Library("bnfused", "IMPL")

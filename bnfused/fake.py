@@ -1,0 +1,108 @@
+"""What the ops return, without the values: shapes, dtypes and strides for torch.compile and torch.export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfused.activations import RELU_CODE
+
+
+def mask_bytes(x: Tensor) -> Any:
+    """Bytes of the ReLU mask of ``x``: a bit for each element, each plane padded to whole bytes.
+
+    ``mask_bytes`` in ``csrc/batch_norm.h`` is the same rule; a plane is a channel's contiguous run, and channels that
+    lie innermost make the whole tensor one run.
+    """
+    dense = torch.empty_like(x)  # the strides that the kernels work in
+    channel_stride = dense.stride(1) if x.shape[1] > 1 else None
+    inner: Any = 1
+    for dim in range(x.dim()):
+        if dim == 1 or x.shape[dim] == 1:
+            continue
+        if channel_stride is None or dense.stride(dim) < channel_stride:
+            inner = inner * x.shape[dim]
+    if x.numel() == 0:
+        return 0
+    if inner == 1:
+        return (x.numel() + 7) // 8
+    return x.numel() // inner * ((inner + 7) // 8)
+
+
+def _saved(x: Tensor, residual: Tensor | None, activation: int) -> tuple[Tensor, Tensor, Tensor]:
+    channels = x.shape[1]
+    mean = x.new_empty(channels, dtype=torch.float64)
+    invstd = x.new_empty(channels, dtype=torch.float64)
+    has_mask = activation == RELU_CODE and residual is not None
+    mask = x.new_empty(mask_bytes(x) if has_mask else 0, dtype=torch.uint8)
+    return mean, invstd, mask
+
+
+def _train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: int,
+    activation_param: float,
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), *_saved(x, residual, activation)
+
+
+def _frozen(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    activation_param: float,
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), *_saved(x, residual, activation)
+
+
+def _eval(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    activation: int,
+    activation_param: float,
+    training: bool,
+    output_mask: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    need_x, need_weight, need_bias, need_residual = output_mask
+    absent = x.new_empty(0)
+    # A gradient of float32 where there is no parameter to take the dtype from.
+    parameter = x.new_empty(0, dtype=mean.dtype if x.dtype == torch.float64 else torch.float32)
+    return (
+        torch.empty_like(x) if need_x else absent,
+        (parameter if weight is None else weight).new_empty(x.shape[1] if need_weight else 0),
+        (parameter if bias is None else bias).new_empty(x.shape[1] if need_bias else 0),
+        torch.empty_like(x) if need_residual else x.new_empty(0),
+    )
+
+
+def register() -> None:
+    """Give torch the shapes; called once the extension has defined the ops."""
+    torch.library.register_fake("bnfused::batch_norm_train", _train)
+    torch.library.register_fake("bnfused::batch_norm_frozen", _frozen)
+    torch.library.register_fake("bnfused::batch_norm_eval", _eval)
+    torch.library.register_fake("bnfused::batch_norm_backward", _backward)

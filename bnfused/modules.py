@@ -1,0 +1,97 @@
+"""Drop-in modules: torch.nn's own batch norms with another ``forward``.
+
+They subclass torch's, so that constructor, ``state_dict``, ``isinstance``, repr, pickle and every tool that looks for a
+batch norm keep working. Fusion is asked for at the call and never stored: a module that carried its own ReLU would lose
+it where somebody replaces the module (``SyncBatchNorm.convert_sync_batchnorm``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnfused import functional
+
+
+class _FusedForward:
+    """``forward`` of every batch norm here; mixed in before torch's class, whose state it uses."""
+
+    def forward(
+        self: Any,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        activation_param: float | None = None,
+    ) -> Tensor:
+        """``act(bn(input) + residual)`` in one op; see ``bnfused.functional.batch_norm``.
+
+        Args:
+            input: the shape that torch's module of the same name takes.
+            residual: added before the activation; shape and dtype of ``input``.
+            activation: one of ``bnfused.activations.ACTIVATIONS``, or None.
+            activation_param: ``negative_slope`` of leaky_relu, ``alpha`` of elu.
+        """
+        self._check_input_dim(input)
+        training = self.training
+        running_mean, running_var = self.running_mean, self.running_var
+        count = None
+        if training:
+            if self.track_running_stats:
+                count = self.num_batches_tracked
+            else:
+                running_mean = running_var = None
+        else:
+            # Buffers that are None mean that the batch's own statistics are used in eval too.
+            training = running_mean is None and running_var is None
+        return functional.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            training,
+            self.momentum,
+            self.eps,
+            residual=residual,
+            activation=activation,
+            activation_param=activation_param,
+            num_batches_tracked=count,
+        )
+
+
+class BatchNorm1d(_FusedForward, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` on fused kernels: (N, C) or (N, C, L)."""
+
+
+class BatchNorm2d(_FusedForward, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` on fused kernels: (N, C, H, W)."""
+
+
+class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` on fused kernels: (N, C, D, H, W)."""
+
+
+class _LazyFusedForward(_FusedForward):
+    """The first call reads ``num_features`` off the input, whatever else it is called with."""
+
+    def initialize_parameters(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().initialize_parameters(input)  # type: ignore[misc]
+
+
+class LazyBatchNorm1d(_LazyFusedForward, nn.LazyBatchNorm1d):
+    """``torch.nn.LazyBatchNorm1d``; becomes ``bnfused.BatchNorm1d``."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_LazyFusedForward, nn.LazyBatchNorm2d):
+    """``torch.nn.LazyBatchNorm2d``; becomes ``bnfused.BatchNorm2d``."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_LazyFusedForward, nn.LazyBatchNorm3d):
+    """``torch.nn.LazyBatchNorm3d``; becomes ``bnfused.BatchNorm3d``."""
+
+    cls_to_become = BatchNorm3d

@@ -1,0 +1,180 @@
+"""The specification: batch norm, residual and activation in plain torch, to be read beside the paper.
+
+It is the oracle that the kernels are compared with, the path that torch.func transforms and forward-mode AD take, the
+formula that higher derivatives come from, and what runs where the extension is not there. Arithmetic is in float64,
+whatever the input. Source: Ioffe & Szegedy, "Batch Normalization", 2015, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnfused import activations
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """What ``bnfused.functional.batch_norm`` computes; see there for arguments, errors and meaning."""
+    code, param = activations.resolve(activation, activation_param)
+    check_values(input, training, eps)
+    check(input, weight, bias, running_mean, running_var, residual, training)
+    values = input.to(arithmetic_dtype(input))
+    if training:
+        mean, var = statistics(values)
+        rows = rows_of(input)
+        update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, rows)
+    else:
+        assert running_mean is not None and running_var is not None  # check() saw to it
+        mean, var = running_mean.to(values.dtype), running_var.to(values.dtype)
+    invstd = (var + eps).rsqrt()
+    return transform(values, mean, invstd, weight, bias, residual, code, param).to(input.dtype)
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """float64, so that the specification is exact to the last bit of float32; MPS has float32 at most."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def rows_of(x: Tensor) -> int:
+    """The number of values per channel."""
+    rows = x.shape[0]
+    for size in x.shape[2:]:
+        rows *= size
+    return rows
+
+
+def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, both ``(C,)``; zeros where there are no values."""
+    if values.numel() == 0:
+        empty = values.new_zeros(values.shape[1])
+        return empty, empty
+    dims = [0, *range(2, values.dim())]
+    mean = values.mean(dims)
+    return mean, (values - _per_channel(mean, values)).square().mean(dims)
+
+
+def transform(
+    values: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    activation_param: float,
+) -> Tensor:
+    """``act((values - mean) * invstd * weight + bias + residual)`` in the dtype of ``values``."""
+    z = (values - _per_channel(mean, values)) * _per_channel(invstd, values)
+    if weight is not None:
+        z = z * _per_channel(weight.to(values.dtype), values)
+    if bias is not None:
+        z = z + _per_channel(bias.to(values.dtype), values)
+    if residual is not None:
+        z = z + residual
+    return activations.apply(activation, activation_param, z)
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | None,
+    rows: int,
+) -> None:
+    """Count the batch and move the running statistics toward this batch's mean and *unbiased* variance, in place.
+
+    ``momentum`` is the weight of the new batch; None means 1 / num_batches_tracked, the cumulative average. An empty
+    batch is counted and leaves the statistics alone.
+    """
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if rows == 0:
+        return
+    if momentum is None:
+        factor = 0.0 if num_batches_tracked is None else 1 / num_batches_tracked
+    else:
+        factor = momentum
+    if running_mean is not None:
+        running_mean.copy_((1 - factor) * running_mean.to(mean.dtype) + factor * mean)
+    if running_var is not None:
+        unbiased = var * (rows / (rows - 1))
+        running_var.copy_((1 - factor) * running_var.to(var.dtype) + factor * unbiased)
+
+
+def check_values(x: Tensor, training: bool, eps: float) -> None:
+    """Refuse what has no value to return, in torch's own words.
+
+    Raises:
+        ValueError: training with one value per channel, or an ``eps`` that is not positive (eval: negative).
+    """
+    if not training:
+        if eps < 0.0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+        return
+    # numel first: the usual case, without a loop over the sizes
+    if x.dim() >= 2 and x.numel() == x.shape[1] and rows_of(x) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+    if eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+
+
+def check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+) -> None:
+    """Refuse what plain torch would broadcast or cast in silence.
+
+    Raises:
+        RuntimeError: a rank, dtype or shape that does not fit ``x``, or running statistics that are missing in eval.
+    """
+    if x.dim() < 2:
+        raise RuntimeError(f"batch_norm: expected x of shape [N, C, ...], got {list(x.shape)}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise RuntimeError(f"batch_norm: expected x of float16, bfloat16, float32 or float64, got {x.dtype}")
+    per_channel = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    allowed = [x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32]
+    for name, tensor in per_channel.items():
+        if tensor is None:
+            if not training and name.startswith("running"):
+                raise RuntimeError(f"batch_norm: expected {name} when not training, got None")
+            continue
+        if tensor.shape != (x.shape[1],):
+            raise RuntimeError(f"batch_norm: expected {name} of shape [{x.shape[1]}], got {list(tensor.shape)}")
+        if tensor.dtype not in allowed:
+            raise RuntimeError(f"batch_norm: expected {name} of {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise RuntimeError(
+            f"batch_norm: expected residual of shape {list(x.shape)} and {x.dtype}, "
+            f"got {list(residual.shape)} and {residual.dtype}"
+        )
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.dim() - 2))

@@ -1,0 +1,259 @@
+// Backward: with g = grad_y * act'(z) and xhat = (x - mean) * invstd,
+//
+//   grad_bias = sum g    grad_weight = sum g * xhat    grad_residual = g
+//   grad_x = weight * invstd * (g - mean(g) - xhat * mean(g * xhat))        training
+//   grad_x = weight * invstd * g                                            statistics given
+//
+// in the same two shapes as the forward: a channel at a time where it fits L2 (planes), two passes otherwise.
+#include "cpu/backend.h"
+#include "cpu/driver.h"
+
+namespace bnfused::cpu {
+namespace {
+
+Backward kind_of(const BackwardArgs& args) {
+  switch (args.epilogue.activation) {
+    case Activation::kIdentity:
+      return Backward::kIdentity;
+    case Activation::kReLU:
+      return args.mask ? Backward::kMaskedReLU : Backward::kReLU;
+    default:
+      return Backward::kOther;
+  }
+}
+
+bool needs_sums(const BackwardArgs& args) {
+  return args.grad_weight || args.grad_bias || (args.training && args.grad_x);
+}
+
+// Sums of g and of g * (x - mean as the leaves know it).
+struct GradSums {
+  double g = 0, g_d = 0;
+
+  void operator+=(const Sums& s) {
+    g += s.first;
+    g_d += s.second;
+  }
+};
+
+template <class A>
+struct GradAffine {
+  Affine<A> forward;
+  A slope = 0, offset = 0;  // grad_x = g * scale + (x - mean) * slope + offset
+};
+// Read by the leaves as an array, in the order of BackwardCoefficient.
+static_assert(sizeof(GradAffine<float>) == kBackwardCoefficients * sizeof(float));
+
+template <class A>
+GradAffine<A> recompute(const BackwardArgs& args, int64_t c) {
+  return {affine<A>(args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0))};
+}
+
+// Everything that follows from one channel's sums.
+template <class A>
+void finish(const BackwardArgs& args, int64_t c, const GradSums& sums, GradAffine<A>* a) {
+  const double invstd = args.invstd[c];
+  const double rest = args.mean[c] - double(a->forward.mean);  // of the mean, which A could not hold
+  const double g_d = sums.g_d - rest * sums.g;
+  write(args.grad_weight, c, g_d * invstd);
+  write(args.grad_bias, c, sums.g);
+  if (!args.training) return;
+  const double rows = double(args.problem.rows());
+  const double scale = read(args.weight, c, 1) * invstd;
+  const double slope = -scale * invstd * invstd * g_d / rows;
+  a->slope = static_cast<A>(slope);
+  a->offset = static_cast<A>(-scale * sums.g / rows - rest * slope);
+}
+
+template <class T>
+GradArgs<T> grad_args(const BackwardArgs& args, int64_t at, int64_t mask_at) {
+  GradArgs<T> g{};
+  g.grad_y = static_cast<const T*>(args.grad_y) + at;
+  g.x = static_cast<const T*>(args.x) + at;
+  g.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
+  g.mask = args.mask ? args.mask + mask_at : nullptr;
+  g.grad_x = args.grad_x ? static_cast<T*>(args.grad_x) + at : nullptr;
+  g.grad_residual = args.grad_residual ? static_cast<T*>(args.grad_residual) + at : nullptr;
+  g.epilogue = args.epilogue;
+  return g;
+}
+
+template <class T>
+void backward_planes(const BackwardArgs& args) {
+  using A = Accumulate<T>;
+  const Problem& p = args.problem;
+  const Leaves<T>& leaf = best_leaves<T>();
+  const int kind = int(kind_of(args));
+  const bool streaming = streams<T>(p, p.inner, {args.grad_x, args.grad_residual});
+  const auto apply = leaf.grad_apply[int(Layout::kPlanes)][streaming][kind];
+  const bool writes = args.grad_x || args.grad_residual;
+  const int64_t mask_plane = (p.inner + 7) / 8;
+
+  const auto sum_part = [&](int64_t c, const Part& part, const GradAffine<A>& coefficients) {
+    GradSums sums;
+    for_each_block(part.runs(p), [&](int64_t offset, Runs block) {
+      const int64_t at = part.first(p, c) + offset;
+      const int64_t plane = at / p.inner;
+      GradArgs<T> g = grad_args<T>(args, at, plane * mask_plane + (at - plane * p.inner) / 8);
+      g.runs = block;
+      g.coefficients = &coefficients.forward.mean;
+      g.coefficient_stride = 1;
+      sums += leaf.plane_grad_sums[kind](g);
+    });
+    return sums;
+  };
+  const auto apply_part = [&](int64_t c, const Part& part, const GradAffine<A>& coefficients, int64_t prefetch) {
+    GradArgs<T> g = grad_args<T>(args, part.last(p, c), part.last_mask(p, c));
+    g.runs = part.reversed(p);
+    g.coefficients = &coefficients.forward.mean;
+    g.coefficient_stride = 1;
+    g.prefetch = prefetch;
+    apply(g);
+  };
+
+  const int64_t parts = parts_per_channel(p);
+  if (parts == 1) {
+    const Part whole = part_of(p, 0, 1);
+    const bool fits = 2 * p.rows() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
+    at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        GradAffine<A> coefficients = recompute<A>(args, c);
+        if (needs_sums(args)) finish(args, c, sum_part(c, whole, coefficients), &coefficients);
+        if (writes) apply_part(c, whole, coefficients, fits && c + 1 < end ? p.inner : 0);
+      }
+    });
+    return;
+  }
+  const auto coefficients = std::make_unique<GradAffine<A>[]>(p.channels);
+  for (int64_t c = 0; c < p.channels; ++c) coefficients[c] = recompute<A>(args, c);
+  if (needs_sums(args)) {
+    const auto sums = std::make_unique<GradSums[]>(p.channels * parts);
+    at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        sums[i] = sum_part(i / parts, part_of(p, i % parts, parts), coefficients[i / parts]);
+      }
+    });
+    for (int64_t c = 0; c < p.channels; ++c) {
+      GradSums all;
+      for (int64_t i = 0; i < parts; ++i) all += {sums[c * parts + i].g, sums[c * parts + i].g_d};
+      finish(args, c, all, &coefficients[c]);
+    }
+  }
+  if (!writes) return;
+  at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) {
+      apply_part(i / parts, part_of(p, i % parts, parts), coefficients[i / parts], 0);
+    }
+  });
+}
+
+// Sums over one task's rows, for every column.
+template <class T>
+class ColumnSums {
+  using A = Accumulate<T>;
+
+ public:
+  explicit ColumnSums(int64_t columns)
+      : sums_(scratch<A>(columns)), products_(scratch<A>(columns)), all_(new GradSums[columns]) {}
+
+  const GradSums& operator[](int64_t column) const { return all_[column]; }
+
+  // `at` makes the arguments for the rows from a row of this call on.
+  template <class ArgsAt>
+  void add(const Leaves<T>& leaf, int kind, Runs runs, ArgsAt at) {
+    for (int64_t row = 0; row < runs.count; row += kBlockRows) {
+      GradArgs<T> g = at(row);
+      g.runs = {std::min(kBlockRows, runs.count - row), runs.length, runs.stride, runs.mask_stride};
+      leaf.row_grad_sums[kind](g, sums_.get(), products_.get());
+      for (int64_t i = 0; i < runs.length; ++i) all_[i] += {sums_[i], products_[i]};
+    }
+  }
+
+ private:
+  std::unique_ptr<A[]> sums_, products_;
+  std::unique_ptr<GradSums[]> all_;
+};
+
+template <class T>
+void backward_rows(const BackwardArgs& args) {
+  using A = Accumulate<T>;
+  const Problem& p = args.problem;
+  const Leaves<T>& leaf = best_leaves<T>();
+  const int kind = int(kind_of(args));
+  const RowView view = row_view(p, args.mask != nullptr);
+  const bool streaming = streams<T>(p, view.columns, {args.grad_x, args.grad_residual});
+  const auto apply = leaf.grad_apply[int(Layout::kRows)][streaming][kind];
+  const int64_t tasks = row_tasks(p, view);
+  const auto first_row = [&](int64_t task) { return view.rows() * task / tasks; };
+
+  ColumnCoefficients<A> coefficients(view, p.channels, kBackwardCoefficients);
+  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      coefficients.set(c, recompute<A>(args, c).forward);
+      coefficients.set(kSlope, c, A(0));
+      coefficients.set(kOffset, c, A(0));
+    }
+  });
+  const auto args_at = [&](int64_t at) {
+    GradArgs<T> g = grad_args<T>(args, at, at / 8);
+    g.coefficients = coefficients.data();
+    g.coefficient_stride = coefficients.stride();
+    return g;
+  };
+
+  if (needs_sums(args)) {
+    std::vector<ColumnSums<T>> sums;
+    sums.reserve(tasks);
+    for (int64_t task = 0; task < tasks; ++task) sums.emplace_back(view.columns);
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        for_rows(view, first_row(task), first_row(task + 1), [&](Runs runs, int64_t at) {
+          sums[task].add(leaf, kind, runs, [&](int64_t row) { return args_at(at + row * view.columns); });
+        });
+      }
+    });
+    at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        GradSums all;
+        for (const auto& of_task : sums) {
+          for (int64_t column = c; column < view.columns; column += p.channels) {
+            all += {of_task[column].g, of_task[column].g_d};
+          }
+        }
+        GradAffine<A> a = recompute<A>(args, c);
+        finish(args, c, all, &a);
+        coefficients.set(kSlope, c, a.slope);
+        coefficients.set(kOffset, c, a.offset);
+      }
+    });
+  }
+  if (!args.grad_x && !args.grad_residual) return;
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      for_rows_backwards(view, first_row(task), first_row(task + 1), 2 * sizeof(T), [&](Runs runs, int64_t at) {
+        GradArgs<T> g = args_at(at);
+        g.runs = runs;
+        apply(g);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void batch_norm_backward(const BackwardArgs& args) {
+  const Problem& p = args.problem;
+  if (p.numel() == 0) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      write(args.grad_weight, c, 0);
+      write(args.grad_bias, c, 0);
+    }
+    return;
+  }
+  with_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    is_planes(p) ? backward_planes<T>(args) : backward_rows<T>(args);
+  });
+}
+
+}  // namespace bnfused::cpu

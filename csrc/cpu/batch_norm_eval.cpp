@@ -1,0 +1,112 @@
+// Eval forward: the statistics are given, so it is one pass over x, in memory order.
+#include <cmath>
+
+#include "cpu/backend.h"
+#include "cpu/driver.h"
+
+namespace bnfused::cpu {
+namespace {
+
+template <class A>
+Affine<A> finish(const EvalArgs& args, int64_t c) {
+  const double mean = read(args.running_mean, c, 0);
+  const double invstd = 1 / std::sqrt(read(args.running_var, c, 1) + args.eps);
+  if (args.mean) args.mean[c] = mean;
+  if (args.invstd) args.invstd[c] = invstd;
+  return affine<A>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+}
+
+template <class T>
+ApplyArgs<T> apply_args(const EvalArgs& args, int64_t at, int64_t mask_at) {
+  ApplyArgs<T> a{};
+  a.x = static_cast<const T*>(args.x) + at;
+  a.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
+  a.y = static_cast<T*>(args.y) + at;
+  a.mask = args.mask ? args.mask + mask_at : nullptr;
+  a.epilogue = args.epilogue;
+  return a;
+}
+
+template <class T>
+void eval_planes(const EvalArgs& args) {
+  using A = Accumulate<T>;
+  const Problem& p = args.problem;
+  const auto apply =
+      best_leaves<T>().apply[int(Layout::kPlanes)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
+  // [kind][channel]: consecutive planes are consecutive channels.
+  const auto coefficients = scratch<A>(kForwardCoefficients * p.channels);
+  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Affine<A> a = finish<A>(args, c);
+      coefficients[kMean * p.channels + c] = a.mean;
+      coefficients[kScale * p.channels + c] = a.scale;
+      coefficients[kShift * p.channels + c] = a.shift;
+    }
+  });
+  const int64_t mask_plane = (p.inner + 7) / 8;
+  const auto apply_planes = [&](int64_t plane, int64_t count, int64_t begin, int64_t length) {
+    ApplyArgs<T> a = apply_args<T>(args, plane * p.inner + begin, plane * mask_plane + begin / 8);
+    a.runs = {count, length, p.inner, mask_plane};
+    a.coefficients = coefficients.get() + plane % p.channels;
+    a.coefficient_stride = p.channels;
+    a.coefficient_step = 1;
+    apply(a);
+  };
+  const int64_t planes = p.outer * p.channels;
+  if (planes < at::get_num_threads() && p.numel() >= kSerialValues) {
+    const int64_t parts = at::get_num_threads();
+    at::parallel_for(0, planes * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Part part = part_of({1, 1, p.inner, p.dtype}, i % parts, parts);
+        apply_planes(i / parts, 1, part.begin, part.end - part.begin);
+      }
+    });
+    return;
+  }
+  at::parallel_for(0, planes, grain_for(p.inner), [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end;) {
+      const int64_t count = std::min(end - plane, p.channels - plane % p.channels);
+      apply_planes(plane, count, 0, p.inner);
+      plane += count;
+    }
+  });
+}
+
+template <class T>
+void eval_rows(const EvalArgs& args) {
+  using A = Accumulate<T>;
+  const Problem& p = args.problem;
+  const RowView view = row_view(p, args.mask != nullptr);
+  const auto apply =
+      best_leaves<T>()
+          .apply[int(Layout::kRows)][streams<T>(p, view.columns, {args.y})][int(forward_kind(args.epilogue))];
+  ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
+  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) coefficients.set(c, finish<A>(args, c));
+  });
+  at::parallel_for(0, view.rows(), grain_for(view.columns), [&](int64_t begin, int64_t end) {
+    for_rows(view, begin, end, [&](Runs runs, int64_t at) {
+      ApplyArgs<T> a = apply_args<T>(args, at, at / 8);
+      a.runs = runs;
+      a.coefficients = coefficients.data();
+      a.coefficient_stride = coefficients.stride();
+      apply(a);
+    });
+  });
+}
+
+}  // namespace
+
+void batch_norm_eval(const EvalArgs& args) {
+  const Problem& p = args.problem;
+  with_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (p.numel() == 0) {
+      for (int64_t c = 0; c < p.channels; ++c) finish<Accumulate<T>>(args, c);
+    } else {
+      is_planes(p) ? eval_planes<T>(args) : eval_rows<T>(args);
+    }
+  });
+}
+
+}  // namespace bnfused::cpu

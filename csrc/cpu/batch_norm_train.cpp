@@ -1,0 +1,168 @@
+// Training forward: statistics of the batch, running statistics, y.
+//
+//   planes  a thread owns channels: it sums a channel and normalises it while it is still in L2, so that x is read from
+//           memory once. With fewer channels than threads a channel is cut into parts, and all parts are summed first.
+//   rows    threads own ranges of rows: every channel is in every row, so x is read twice, the second time backwards.
+#include "cpu/backend.h"
+#include "cpu/moments.h"
+
+namespace bnfused::cpu {
+namespace {
+
+// The momentum of this batch, and the counter moved on.
+double count_batch(const TrainArgs& args) {
+  const int64_t count = args.num_batches_tracked ? ++*args.num_batches_tracked : 0;
+  return args.cumulative ? 1.0 / double(count) : args.momentum;
+}
+
+// Everything that follows from one channel's moments.
+template <class A>
+Affine<A> finish(const TrainArgs& args, double momentum, int64_t c, const Moments& m) {
+  const double var = m.m2 / m.count;
+  const double invstd = 1 / std::sqrt(var + args.eps);
+  args.mean[c] = m.mean;
+  args.invstd[c] = invstd;
+  if (args.running_mean) {
+    write(args.running_mean, c, (1 - momentum) * read(args.running_mean, c, 0) + momentum * m.mean);
+  }
+  if (args.running_var) {
+    const double unbiased = m.m2 / (m.count - 1);
+    write(args.running_var, c, (1 - momentum) * read(args.running_var, c, 0) + momentum * unbiased);
+  }
+  return affine<A>(m.mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+}
+
+template <class T>
+ApplyArgs<T> apply_args(const TrainArgs& args) {
+  ApplyArgs<T> a{};
+  a.x = static_cast<const T*>(args.x);
+  a.residual = static_cast<const T*>(args.residual);
+  a.y = static_cast<T*>(args.y);
+  a.mask = args.mask;
+  a.epilogue = args.epilogue;
+  return a;
+}
+
+template <class T>
+void train_planes(const TrainArgs& args, double momentum) {
+  using A = Accumulate<T>;
+  const Problem& p = args.problem;
+  const Leaves<T>& leaf = best_leaves<T>();
+  const auto apply =
+      leaf.apply[int(Layout::kPlanes)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
+  const T* x = static_cast<const T*>(args.x);
+
+  const auto apply_part = [&](int64_t c, const Part& part, const Affine<A>& coefficients, int64_t prefetch) {
+    const int64_t at = part.last(p, c);
+    ApplyArgs<T> a = apply_args<T>(args);
+    a.x += at;
+    a.y += at;
+    if (a.residual) a.residual += at;
+    if (a.mask) a.mask += part.last_mask(p, c);
+    a.runs = part.reversed(p);
+    a.coefficients = &coefficients.mean;
+    a.coefficient_stride = 1;
+    a.prefetch = prefetch;
+    apply(a);
+  };
+
+  const int64_t parts = parts_per_channel(p);
+  if (parts == 1) {
+    const Part whole = part_of(p, 0, 1);
+    // While one channel is written, the next one is fetched: reads and writes then share the way to memory.
+    const bool fits = p.rows() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
+    at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const Moments m = slab_moments(leaf, x + whole.first(p, c), whole.runs(p));
+        apply_part(c, whole, finish<A>(args, momentum, c, m), fits && c + 1 < end ? p.inner : 0);
+      }
+    });
+    return;
+  }
+  const auto moments = std::make_unique<Moments[]>(p.channels * parts);
+  at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Part part = part_of(p, i % parts, parts);
+      moments[i] = slab_moments(leaf, x + part.first(p, i / parts), part.runs(p));
+    }
+  });
+  const auto coefficients = std::make_unique<Affine<A>[]>(p.channels);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    Moments m;
+    for (int64_t i = 0; i < parts; ++i) m.merge(moments[c * parts + i]);
+    coefficients[c] = finish<A>(args, momentum, c, m);
+  }
+  at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) {
+      apply_part(i / parts, part_of(p, i % parts, parts), coefficients[i / parts], 0);
+    }
+  });
+}
+
+template <class T>
+void train_rows(const TrainArgs& args, double momentum) {
+  using A = Accumulate<T>;
+  const Problem& p = args.problem;
+  const Leaves<T>& leaf = best_leaves<T>();
+  const RowView view = row_view(p, args.mask != nullptr);
+  const auto apply =
+      leaf.apply[int(Layout::kRows)][streams<T>(p, view.columns, {args.y})][int(forward_kind(args.epilogue))];
+  const T* x = static_cast<const T*>(args.x);
+  const int64_t tasks = row_tasks(p, view);
+  const auto first_row = [&](int64_t task) { return view.rows() * task / tasks; };
+
+  std::vector<ColumnMoments<T>> moments;
+  moments.reserve(tasks);
+  for (int64_t task = 0; task < tasks; ++task) moments.emplace_back(view.columns);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      for_rows(view, first_row(task), first_row(task + 1),
+               [&](Runs runs, int64_t at) { moments[task].add(leaf, x + at, runs); });
+    }
+  });
+
+  ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
+  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Moments m;
+      for (const auto& of_task : moments) {
+        for (int64_t column = c; column < view.columns; column += p.channels) m.merge(of_task[column]);
+      }
+      coefficients.set(c, finish<A>(args, momentum, c, m));
+    }
+  });
+
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      for_rows_backwards(view, first_row(task), first_row(task + 1), sizeof(T), [&](Runs runs, int64_t at) {
+        ApplyArgs<T> a = apply_args<T>(args);
+        a.x += at;
+        a.y += at;
+        if (a.residual) a.residual += at;
+        if (a.mask) a.mask += at / 8;
+        a.runs = runs;
+        a.coefficients = coefficients.data();
+        a.coefficient_stride = coefficients.stride();
+        apply(a);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void batch_norm_train(const TrainArgs& args) {
+  const double momentum = count_batch(args);
+  const Problem& p = args.problem;
+  if (p.numel() == 0) {  // counted; nothing to learn from
+    std::fill_n(args.mean, p.channels, 0.0);
+    std::fill_n(args.invstd, p.channels, 0.0);
+    return;
+  }
+  with_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    is_planes(p) ? train_planes<T>(args, momentum) : train_rows<T>(args, momentum);
+  });
+}
+
+}  // namespace bnfused::cpu

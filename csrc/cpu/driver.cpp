@@ -1,0 +1,56 @@
+// See driver.h.
+#include "cpu/driver.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+namespace bnfused::cpu {
+
+double read(const PerChannel& values, int64_t channel, double if_absent) {
+  if (!values) return if_absent;
+  switch (values.dtype) {
+    case DType::kFloat16:
+      return static_cast<const c10::Half*>(values.data)[channel];
+    case DType::kBFloat16:
+      return static_cast<const c10::BFloat16*>(values.data)[channel];
+    case DType::kFloat32:
+      return static_cast<const float*>(values.data)[channel];
+    case DType::kFloat64:
+      return static_cast<const double*>(values.data)[channel];
+  }
+  return if_absent;
+}
+
+void write(const PerChannel& values, int64_t channel, double value) {
+  if (!values) return;
+  switch (values.dtype) {
+    case DType::kFloat16:
+      static_cast<c10::Half*>(values.data)[channel] = static_cast<float>(value);
+      return;
+    case DType::kBFloat16:
+      static_cast<c10::BFloat16*>(values.data)[channel] = static_cast<float>(value);
+      return;
+    case DType::kFloat32:
+      static_cast<float*>(values.data)[channel] = static_cast<float>(value);
+      return;
+    case DType::kFloat64:
+      static_cast<double*>(values.data)[channel] = value;
+      return;
+  }
+}
+
+RowView row_view(const Problem& p, bool with_mask) {
+  constexpr int64_t kEnough = 64;        // columns: four vectors of AVX-512, so that a row is worth its loop
+  constexpr int64_t kFewChannels = 256;  // below this the wider sums of several rows still fit L1
+  int64_t together = 1;
+  if (p.channels < kFewChannels) {
+    together = kMaxLanes / std::gcd(p.channels, kMaxLanes);
+    while (together * p.channels < kEnough) together *= 2;
+  } else if (with_mask) {
+    together = 8 / std::gcd<int64_t>(p.channels, 8);  // every row of the mask starts on a byte
+  }
+  const int64_t columns = together * p.channels;
+  return {columns, p.numel() / columns, p.numel() % columns};
+}
+
+}  // namespace bnfused::cpu

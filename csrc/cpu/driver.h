@@ -1,0 +1,212 @@
+// What the three drivers share: reading and writing per-channel values, cutting a tensor into work for the threads, and
+// the choice of stores. The drivers own the order of things; the leaves own the loops.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "cpu/leaves.h"
+
+namespace bnfused::cpu {
+
+template <class F>
+void with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return f(Float16{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+  }
+}
+
+double read(const PerChannel& values, int64_t channel, double if_absent);
+void write(const PerChannel& values, int64_t channel, double value);
+
+// Fewer values than this are done on one thread: waking a second costs as much as they do.
+constexpr int64_t kSerialValues = 32768;
+// Values of one channel whose sums are kept in float32 before they are merged in float64, and that stay in L1 for a
+// second look.
+constexpr int64_t kBlockValues = 4096;
+// Likewise rows of the rows layout.
+constexpr int64_t kBlockRows = 256;
+// Rows are written back to front in pieces of this many bytes, so that what the first pass read last is still in L2.
+constexpr int64_t kPieceBytes = 64 * 1024;
+// Outputs from this size on bypass the caches. Measured with a producer before and a consumer after: below it the
+// consumer finds y in the last-level cache and bypassing only moves the cost.
+constexpr int64_t kStreamFromBytes = 16 * 1024 * 1024;
+
+// A channel up to this size is fetched while the one before it is written; a larger one would push out what is needed.
+constexpr int64_t kPrefetchUpToBytes = 512 * 1024;
+// Channels for which one thread folds statistics into coefficients before a second is woken: a square root and two
+// divisions each.
+constexpr int64_t kChannelGrain = 512;
+
+// Uninitialised, and padded so that a vector may be read at any column.
+template <class A>
+std::unique_ptr<A[]> scratch(int64_t size) {
+  return std::unique_ptr<A[]>(new A[size + kMaxLanes]);
+}
+
+inline int64_t grain_for(int64_t values_per_item) {
+  return std::max<int64_t>(1, kSerialValues / std::max<int64_t>(1, values_per_item));
+}
+
+inline bool is_planes(const Problem& p) { return p.inner > 1; }
+
+// Whether outputs of this problem are streamed: they are large, and every run of them starts on a line.
+template <class T>
+bool streams(const Problem& p, int64_t run_length, std::initializer_list<const void*> outputs) {
+  if (p.numel() * int64_t(sizeof(T)) < kStreamFromBytes || run_length * int64_t(sizeof(T)) % kStreamBytes != 0) {
+    return false;
+  }
+  return std::all_of(outputs.begin(), outputs.end(),
+                     [](const void* y) { return reinterpret_cast<uintptr_t>(y) % kStreamBytes == 0; });
+}
+
+inline Forward forward_kind(const Epilogue& e) {
+  if (e.activation == Activation::kIdentity) return Forward::kIdentity;
+  return e.activation == Activation::kReLU ? Forward::kReLU : Forward::kOther;
+}
+
+// ---- planes: a channel is `outer` runs of `inner` values
+
+// A part of one channel: planes [plane_begin, plane_end), values [begin, end) of each.
+struct Part {
+  int64_t plane_begin, plane_end, begin, end;
+
+  Runs runs(const Problem& p) const {
+    return {plane_end - plane_begin, end - begin, p.channels * p.inner, p.channels * ((p.inner + 7) / 8)};
+  }
+  // The same planes from the last to the first: what was read last is written first, out of the cache.
+  Runs reversed(const Problem& p) const {
+    const Runs r = runs(p);
+    return {r.count, r.length, -r.stride, -r.mask_stride};
+  }
+  int64_t first(const Problem& p, int64_t channel) const { return at(p, channel, plane_begin); }
+  int64_t last(const Problem& p, int64_t channel) const { return at(p, channel, plane_end - 1); }
+  int64_t last_mask(const Problem& p, int64_t channel) const {
+    return ((plane_end - 1) * p.channels + channel) * ((p.inner + 7) / 8) + begin / 8;
+  }
+  int64_t values() const { return (plane_end - plane_begin) * (end - begin); }
+
+ private:
+  int64_t at(const Problem& p, int64_t channel, int64_t plane) const {
+    return (plane * p.channels + channel) * p.inner + begin;
+  }
+};
+
+// Into how many parts a channel is cut: one where there are channels enough to keep the threads busy.
+inline int64_t parts_per_channel(const Problem& p) {
+  const int64_t threads = at::get_num_threads();
+  const bool enough = p.channels >= 4 * threads || p.channels % threads == 0;
+  return enough || p.numel() < kSerialValues ? 1 : threads;
+}
+
+// Part `index` of `count`: whole planes where there are enough of them, else a stretch of every plane, cut where
+// neither a line nor a byte of the mask is shared.
+inline Part part_of(const Problem& p, int64_t index, int64_t count) {
+  if (p.outer >= count) return {p.outer * index / count, p.outer * (index + 1) / count, 0, p.inner};
+  constexpr int64_t kCut = 64;
+  const auto cut = [&](int64_t i) { return i == count ? p.inner : p.inner * i / count / kCut * kCut; };
+  return {0, p.outer, cut(index), cut(index + 1)};
+}
+
+// Calls f(offset, block) for the blocks of `runs` whose sums are kept in A, in order.
+template <class F>
+void for_each_block(Runs runs, F f) {
+  if (runs.length >= kBlockValues) {
+    for (int64_t run = 0; run < runs.count; ++run) {
+      for (int64_t i = 0; i < runs.length; i += kBlockValues) {
+        f(run * runs.stride + i, Runs{1, std::min(kBlockValues, runs.length - i), runs.stride, runs.mask_stride});
+      }
+    }
+    return;
+  }
+  const int64_t together = std::max<int64_t>(1, kBlockValues / std::max<int64_t>(1, runs.length));
+  for (int64_t run = 0; run < runs.count; run += together) {
+    f(run * runs.stride, Runs{std::min(together, runs.count - run), runs.length, runs.stride, runs.mask_stride});
+  }
+}
+
+// ---- rows: channels innermost. The tensor is one run of values, seen as rows of `columns`
+
+// Few channels, or channels that do not fill vectors, are taken several rows at a time: `columns` is a multiple of
+// `channels`, and column i belongs to channel i % channels. The last row may be short.
+struct RowView {
+  int64_t columns, full_rows, tail;  // tail: values of the short last row, 0 if there is none
+
+  int64_t rows() const { return full_rows + (tail > 0); }
+};
+
+RowView row_view(const Problem& p, bool with_mask);
+
+inline int64_t row_tasks(const Problem& p, const RowView& view) {
+  if (p.numel() < kSerialValues) return 1;
+  return std::min<int64_t>(at::get_num_threads(), std::max<int64_t>(1, view.rows()));
+}
+
+// Calls f(runs, first value) for rows [begin, end) of the view: the full ones together, then the short one.
+template <class F>
+void for_rows(const RowView& view, int64_t begin, int64_t end, F f) {
+  const int64_t full_end = std::min(end, view.full_rows);
+  const int64_t mask_stride = view.columns / 8;
+  if (begin < full_end) f(Runs{full_end - begin, view.columns, view.columns, mask_stride}, begin * view.columns);
+  if (end > view.full_rows) f(Runs{1, view.tail, view.columns, mask_stride}, view.full_rows * view.columns);
+}
+
+// The same, in pieces from the last to the first.
+template <class F>
+void for_rows_backwards(const RowView& view, int64_t begin, int64_t end, int64_t bytes_per_value, F f) {
+  const int64_t piece = std::max<int64_t>(1, kPieceBytes / (view.columns * bytes_per_value));
+  for (int64_t last = end; last > begin; last = std::max(begin, last - piece)) {
+    for_rows(view, std::max(begin, last - piece), last, f);
+  }
+}
+
+// Where y = (x - mean) * scale + shift is computed in A: the mean in A, what A cannot hold of it folded into the shift.
+template <class A>
+struct Affine {
+  A mean, scale, shift;
+};
+
+template <class A>
+Affine<A> affine(double mean, double invstd, double weight, double bias) {
+  const A rounded = static_cast<A>(mean);
+  const double scale = weight * invstd;
+  return {rounded, static_cast<A>(scale), static_cast<A>(bias - (mean - double(rounded)) * scale)};
+}
+
+// Coefficients of the rows layout, one of each kind for every column.
+template <class A>
+class ColumnCoefficients {
+ public:
+  ColumnCoefficients(const RowView& view, int64_t channels, int kinds)
+      : stride_(view.columns + kMaxLanes),
+        channels_(channels),
+        columns_(view.columns),
+        values_(new A[kinds * stride_]) {}
+
+  void set(int kind, int64_t channel, A value) {
+    for (int64_t column = channel; column < columns_; column += channels_) values_[kind * stride_ + column] = value;
+  }
+  void set(int64_t channel, const Affine<A>& a) {
+    set(kMean, channel, a.mean);
+    set(kScale, channel, a.scale);
+    set(kShift, channel, a.shift);
+  }
+  const A* data() const { return values_.get(); }
+  int64_t stride() const { return stride_; }
+
+ private:
+  int64_t stride_, channels_, columns_;
+  std::unique_ptr<A[]> values_;
+};
+
+}  // namespace bnfused::cpu

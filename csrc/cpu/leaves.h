@@ -1,0 +1,134 @@
+// The leaf functions of the CPU backend: loops over raw pointers, one set for each instruction set, chosen at run time.
+//
+// They know nothing of threads, of torch or of what a statistic means. The drivers (batch_norm_*.cpp) cut a tensor into
+// runs: contiguous values, `stride` apart. In the planes layout (NCHW) a run is one channel's plane and has one set of
+// coefficients; in the rows layout (channels innermost) a run is a row, or a few rows end to end, and every column has
+// its own.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "batch_norm.h"
+
+namespace bnfused::cpu {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Arithmetic is in float32, in float64 for float64.
+template <class T>
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+struct Runs {
+  int64_t count, length;
+  int64_t stride;       // values from one run to the next; negative walks backwards
+  int64_t mask_stride;  // bytes likewise
+};
+
+// What the loop over a run does beside the affine map, resolved at compile time. kOther asks the Epilogue at run time:
+// those activations cost far more than the question.
+enum class Forward { kIdentity, kReLU, kOther };
+enum class Backward { kIdentity, kReLU, kMaskedReLU, kOther };
+constexpr int kForwards = 3;
+constexpr int kBackwards = 4;
+
+enum class Layout { kPlanes, kRows };
+
+// Widest vector of any instruction set, in values: coefficient arrays of the rows layout are padded by as much.
+constexpr int64_t kMaxLanes = 16;
+// Alignment that streaming stores want of every run.
+constexpr int64_t kStreamBytes = 64;
+
+// y = act((x - mean) * scale + shift + residual). Coefficient k is coefficients[k * stride + column] in the rows layout
+// and coefficients[k * stride + run * step] in the planes layout, where step 0 gives all runs the same.
+enum ForwardCoefficient { kMean, kScale, kShift, kForwardCoefficients };
+
+template <class T>
+struct ApplyArgs {
+  const T *x, *residual;  // residual may be nullptr
+  T* y;
+  uint8_t* mask;  // may be nullptr
+  Runs runs;
+  const Accumulate<T>* coefficients;
+  int64_t coefficient_stride, coefficient_step;
+  int64_t prefetch;  // values ahead of x to fetch into L2 while storing; 0 for none
+  Epilogue epilogue;
+};
+
+// With g = grad_y * act'(z):  grad_x = g * scale + (x - mean) * slope + offset,  grad_residual = g.
+enum BackwardCoefficient { kSlope = kForwardCoefficients, kOffset, kBackwardCoefficients };
+
+template <class T>
+struct GradArgs {
+  const T *grad_y, *x, *residual;
+  const uint8_t* mask;
+  T *grad_x, *grad_residual;  // either may be nullptr
+  Runs runs;
+  const Accumulate<T>* coefficients;
+  int64_t coefficient_stride;
+  int64_t prefetch;
+  Epilogue epilogue;
+};
+
+struct Sums {
+  double first, second;
+};
+
+template <class T>
+struct Leaves {
+  using A = Accumulate<T>;
+  // Sum of (x - shift) and of its square. At most a few thousand values: the sums are kept in A.
+  Sums (*plane_moments)(const T* x, Runs, A shift);
+  // The same for every column; sums and squares are overwritten.
+  void (*row_moments)(const T* x, Runs, const A* shift, A* sums, A* squares);
+  // Sum of g and of g * (x - mean).
+  Sums (*plane_grad_sums[kBackwards])(const GradArgs<T>&);
+  void (*row_grad_sums[kBackwards])(const GradArgs<T>&, A* sums, A* products);
+  // [layout][streaming][kind]
+  void (*apply[2][2][kForwards])(const ApplyArgs<T>&);
+  void (*grad_apply[2][2][kBackwards])(const GradArgs<T>&);
+};
+
+// Each instruction set's own table; leaves_avx2.cpp and leaves_avx512.cpp are empty where the compiler cannot build
+// them.
+namespace baseline {
+template <class T>
+const Leaves<T>* leaves();
+}
+namespace avx2 {
+template <class T>
+const Leaves<T>* leaves();
+}
+namespace avx512 {
+template <class T>
+const Leaves<T>* leaves();
+}
+
+// `#pragma GCC target` and the intrinsics under it: gcc on x86-64. Other compilers get the baseline.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define BNFUSED_X86_DISPATCH 1
+#endif
+
+enum class Capability { kBaseline, kAvx2, kAvx512 };
+
+// The best instruction set that this machine has and this build knows.
+Capability capability();
+const char* capability_name();
+
+template <class T>
+const Leaves<T>& best_leaves() {
+#if defined(BNFUSED_X86_DISPATCH)
+  static const Leaves<T>* const table = capability() == Capability::kAvx512 ? avx512::leaves<T>()
+                                        : capability() == Capability::kAvx2 ? avx2::leaves<T>()
+                                                                            : baseline::leaves<T>();
+  return *table;
+#else
+  return *baseline::leaves<T>();
+#endif
+}
+
+}  // namespace bnfused::cpu

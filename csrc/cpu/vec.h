@@ -1,0 +1,306 @@
+// One vector of values, for whichever instruction set the including file has switched on. Included inside a namespace
+// of that file's own, so that no two instruction sets share a symbol; it includes nothing itself. That file defines
+// BNFUSED_AVX512 or BNFUSED_AVX2 (with FMA and F16C): the compiler's own macros do not follow `#pragma GCC target`.
+//
+// Arithmetic is GCC's and clang's vector extension; intrinsics only where that has no word: fused multiply-add, masked
+// and streaming access, half precision.
+
+#define BNFUSED_INLINE inline __attribute__((always_inline))
+
+template <class A>
+constexpr int kLanes = 8;
+#if defined(BNFUSED_AVX512)
+template <>
+inline constexpr int kLanes<float> = 16;
+#endif
+
+template <class A>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float Native __attribute__((vector_size(4 * kLanes<float>)));
+  typedef int32_t Bits __attribute__((vector_size(4 * kLanes<float>)));
+};
+template <>
+struct Lanes<double> {
+  typedef double Native __attribute__((vector_size(64)));
+  typedef int64_t Bits __attribute__((vector_size(64)));
+};
+
+template <class A>
+struct Vec {
+  using Native = typename Lanes<A>::Native;
+  using Bits = typename Lanes<A>::Bits;  // of a comparison: all ones where true
+  static constexpr int kSize = kLanes<A>;
+  Native v;
+
+  Vec() = default;
+  BNFUSED_INLINE Vec(Native n) : v(n) {}
+  BNFUSED_INLINE Vec(A a) : v(Native{} + a) {}
+};
+
+template <class A>
+BNFUSED_INLINE Vec<A> operator+(Vec<A> a, Vec<A> b) {
+  return a.v + b.v;
+}
+template <class A>
+BNFUSED_INLINE Vec<A> operator-(Vec<A> a, Vec<A> b) {
+  return a.v - b.v;
+}
+template <class A>
+BNFUSED_INLINE Vec<A> operator*(Vec<A> a, Vec<A> b) {
+  return a.v * b.v;
+}
+template <class A>
+BNFUSED_INLINE Vec<A> operator/(Vec<A> a, Vec<A> b) {
+  return a.v / b.v;
+}
+template <class A>
+BNFUSED_INLINE auto operator>(Vec<A> a, Vec<A> b) {
+  return a.v > b.v;
+}
+template <class A>
+BNFUSED_INLINE auto operator<=(Vec<A> a, Vec<A> b) {
+  return a.v <= b.v;
+}
+template <class A>
+BNFUSED_INLINE Vec<A> select(typename Vec<A>::Bits where, Vec<A> yes, Vec<A> no) {
+  return where ? yes.v : no.v;
+}
+// NaN in `a` stays NaN.
+template <class A>
+BNFUSED_INLINE Vec<A> at_least(Vec<A> a, A low) {
+  return select<A>(a <= Vec<A>(low), Vec<A>(low), a);
+}
+template <class A>
+BNFUSED_INLINE Vec<A> at_most(Vec<A> a, A high) {
+  return select<A>(a > Vec<A>(high), Vec<A>(high), a);
+}
+template <class A>
+BNFUSED_INLINE Vec<A> magnitude(Vec<A> a) {
+  return select<A>(a > Vec<A>(A(0)), a, Vec<A>(A(0)) - a);
+}
+
+// a * b + c. Where there is no instruction the compiler may or may not fuse; it does the same in forward and backward.
+template <class A>
+BNFUSED_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
+#if defined(BNFUSED_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    return Vec<A>(_mm512_fmadd_ps(a.v, b.v, c.v));
+  } else {
+    return Vec<A>(_mm512_fmadd_pd(a.v, b.v, c.v));
+  }
+#elif defined(BNFUSED_AVX2)
+  if constexpr (std::is_same_v<A, float>) return Vec<A>(_mm256_fmadd_ps(a.v, b.v, c.v));
+#endif
+  return a.v * b.v + c.v;
+}
+
+// Sum of the lanes in float64.
+template <class A>
+BNFUSED_INLINE double sum_lanes(Vec<A> a) {
+  double sum = 0;
+  for (int i = 0; i < Vec<A>::kSize; ++i) sum += double(a.v[i]);
+  return sum;
+}
+
+template <class A>
+BNFUSED_INLINE typename Vec<A>::Bits first_lanes(int n) {
+  typename Vec<A>::Bits lane;
+  for (int i = 0; i < Vec<A>::kSize; ++i) lane[i] = i;
+  return lane < n;
+}
+
+// ---- access: storage type <-> vector of its arithmetic type
+
+template <class T, class Word>
+BNFUSED_INLINE Word read_as(const T* p) {
+  Word w;
+  __builtin_memcpy(&w, p, sizeof(Word));
+  return w;
+}
+template <class T, class Word>
+BNFUSED_INLINE void write_as(T* p, Word w) {
+  __builtin_memcpy(p, &w, sizeof(Word));
+}
+
+typedef uint16_t Half16 __attribute__((vector_size(2 * kLanes<float>)));
+typedef uint32_t Word32 __attribute__((vector_size(4 * kLanes<float>)));
+
+BNFUSED_INLINE Vec<float> widen(BFloat16, Half16 bits) {
+  return Vec<float>(typename Vec<float>::Native(__builtin_convertvector(bits, Word32) << 16));
+}
+BNFUSED_INLINE Half16 narrow(BFloat16, Vec<float> a) {
+  const Word32 u = Word32(a.v);
+  const Word32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const Word32 nan = Word32{} + 0x7fc0;
+  return __builtin_convertvector(a.v == a.v ? rounded : nan, Half16);
+}
+#if defined(BNFUSED_AVX512)
+BNFUSED_INLINE Vec<float> widen(Float16, Half16 bits) { return Vec<float>(_mm512_cvtph_ps((__m256i)bits)); }
+BNFUSED_INLINE Half16 narrow(Float16, Vec<float> a) {
+  return (Half16)_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(BNFUSED_AVX2)
+BNFUSED_INLINE Vec<float> widen(Float16, Half16 bits) { return Vec<float>(_mm256_cvtph_ps((__m128i)bits)); }
+BNFUSED_INLINE Half16 narrow(Float16, Vec<float> a) {
+  return (Half16)_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// Calls: inlined, the bit arithmetic of eight lanes would triple the size of the baseline.
+__attribute__((noinline)) Vec<float> widen(Float16, Half16 bits) {
+  Vec<float> a;
+  for (int i = 0; i < kLanes<float>; ++i) a.v[i] = c10::detail::fp16_ieee_to_fp32_value(bits[i]);
+  return a;
+}
+__attribute__((noinline)) Half16 narrow(Float16, Vec<float> a) {
+  Half16 bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = c10::detail::fp16_ieee_from_fp32_value(a.v[i]);
+  return bits;
+}
+#endif
+
+template <class T>
+constexpr bool kIsHalf = std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>;
+
+template <class T>
+BNFUSED_INLINE Vec<Accumulate<T>> load(const T* p) {
+  if constexpr (kIsHalf<T>) {
+    return widen(T{}, read_as<T, Half16>(p));
+  } else {
+    return Vec<T>(read_as<T, typename Vec<T>::Native>(p));
+  }
+}
+
+template <class T>
+BNFUSED_INLINE void store(T* p, Vec<Accumulate<T>> a) {
+  if constexpr (kIsHalf<T>) {
+    write_as(p, narrow(T{}, a));
+  } else {
+    write_as(p, a.v);
+  }
+}
+
+// The first n lanes from memory, the others from `fill`.
+template <class T>
+BNFUSED_INLINE Vec<Accumulate<T>> load_first(const T* p, int n, Vec<Accumulate<T>> fill) {
+  using A = Accumulate<T>;
+#if defined(BNFUSED_AVX512)
+  if constexpr (kIsHalf<T>) {
+    const auto wide = widen(T{}, (Half16)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+    return Vec<A>(_mm512_mask_mov_ps(fill.v, __mmask16((1u << n) - 1), wide.v));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return Vec<A>(_mm512_mask_loadu_ps(fill.v, __mmask16((1u << n) - 1), p));
+  } else {
+    return Vec<A>(_mm512_mask_loadu_pd(fill.v, __mmask8((1u << n) - 1), p));
+  }
+#else
+  T buffer[kLanes<A>] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return select<A>(first_lanes<A>(n), load(buffer), fill);
+#endif
+}
+
+template <class T>
+BNFUSED_INLINE void store_first(T* p, Vec<Accumulate<T>> a, int n) {
+#if defined(BNFUSED_AVX512)
+  if constexpr (kIsHalf<T>) {
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)narrow(T{}, a));
+  } else if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a.v);
+  } else {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), a.v);
+  }
+#else
+  T buffer[kLanes<Accumulate<T>>];
+  store(buffer, a);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
+}
+
+// Past the caches; p is aligned to the bytes of a.
+template <class T>
+BNFUSED_INLINE void stream(T* p, Vec<Accumulate<T>> a) {
+#if defined(BNFUSED_AVX512)
+  if constexpr (kIsHalf<T>) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(T{}, a));
+  } else {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)a.v);
+  }
+#elif defined(BNFUSED_AVX2)
+  if constexpr (kIsHalf<T>) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(T{}, a));
+  } else if constexpr (std::is_same_v<T, float>) {
+    _mm256_stream_ps(p, a.v);
+  } else {
+    store(p, a);
+  }
+#else
+  store(p, a);
+#endif
+}
+
+// Makes streamed stores visible before whatever follows.
+BNFUSED_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// ---- one bit for each lane
+
+template <class A>
+BNFUSED_INLINE void store_bits(uint8_t* p, typename Vec<A>::Bits where) {
+#if defined(BNFUSED_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    write_as(p, (uint16_t)_mm512_movepi32_mask((__m512i)where));
+  } else {
+    *p = (uint8_t)_mm512_movepi64_mask((__m512i)where);
+  }
+#else
+#if defined(BNFUSED_AVX2)
+  if constexpr (std::is_same_v<A, float>) {
+    *p = (uint8_t)_mm256_movemask_ps((__m256)where);
+    return;
+  }
+#endif
+  uint32_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= uint32_t(where[i] & 1) << i;
+  *p = (uint8_t)bits;
+#endif
+}
+
+// The bytes that n lanes need, n at most a vector.
+template <class A>
+BNFUSED_INLINE void store_bits_first(uint8_t* p, typename Vec<A>::Bits where, int n) {
+  const auto kept = where & first_lanes<A>(n);
+  if (n > 8) {
+    store_bits<A>(p, kept);
+    return;
+  }
+  uint8_t bytes[2];
+  store_bits<A>(bytes, kept);
+  *p = bytes[0];
+}
+
+template <class A>
+BNFUSED_INLINE typename Vec<A>::Bits load_bits(const uint8_t* p) {
+  using Bits = typename Vec<A>::Bits;
+#if defined(BNFUSED_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    return (Bits)_mm512_movm_epi32(read_as<uint8_t, uint16_t>(p));
+  } else {
+    return (Bits)_mm512_movm_epi64(*p);
+  }
+#else
+  Bits bit;
+  for (int i = 0; i < 8; ++i) bit[i] = 1 << i;
+  return (bit & *p) == bit;
+#endif
+}
+
+template <class A>
+BNFUSED_INLINE typename Vec<A>::Bits load_bits_first(const uint8_t* p, int n) {
+  uint8_t bytes[2] = {p[0], n > 8 ? p[1] : uint8_t(0)};
+  return load_bits<A>(bytes);
+}

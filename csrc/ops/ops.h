@@ -1,0 +1,337 @@
+// The ops, once for every backend: checks, allocation, saved tensors. A backend is a struct with
+//
+//   static void batch_norm_train(const TrainArgs&);        static at::Tensor empty_like(const at::Tensor&);
+//   static void batch_norm_eval(const EvalArgs&);
+//   static void batch_norm_backward(const BackwardArgs&);
+//
+// Everything is checked before anything is allocated or written: an error leaves the running statistics as they were.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "batch_norm.h"
+
+namespace bnfused::ops {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    default:
+      return DType::kFloat64;
+  }
+}
+
+// The arguments of one call, checked against x. `op` names the op in every message.
+class Checker {
+ public:
+  Checker(const char* op, const at::Tensor& x) : op_(op), x_(x) {
+    TORCH_CHECK(x.layout() == at::kStrided, op_, ": expected x to be a dense (strided) tensor, got ", x.layout());
+    TORCH_CHECK(x.dim() >= 2, op_, ": expected x of shape [N, C, ...], got ", x.sizes());
+    const auto t = x.scalar_type();
+    TORCH_CHECK(t == at::kHalf || t == at::kBFloat16 || t == at::kFloat || t == at::kDouble, op_,
+                ": expected x of float16, bfloat16, float32 or float64, got ", t);
+  }
+
+  void per_channel(const OptionalTensor& t, const char* name, bool written = false) const {
+    if (!t) return;
+    TORCH_CHECK(t->dim() == 1 && t->size(0) == x_.size(1), op_, ": expected ", name, " of shape [", x_.size(1),
+                "], got ", t->sizes());
+    const auto accumulate = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK(t->scalar_type() == x_.scalar_type() || t->scalar_type() == accumulate, op_, ": expected ", name,
+                " of ", x_.scalar_type(), " or ", accumulate, " beside x of ", x_.scalar_type(), ", got ",
+                t->scalar_type());
+    device(*t, name);
+    TORCH_CHECK(!written || t->is_contiguous(), op_, ": expected ", name, " to be contiguous, got strides ",
+                t->strides());
+  }
+
+  void count(const OptionalTensor& t) const {
+    if (!t) return;
+    TORCH_CHECK(t->scalar_type() == at::kLong && t->numel() == 1, op_,
+                ": expected num_batches_tracked to be one int64, got ", t->sizes(), " of ", t->scalar_type());
+    device(*t, "num_batches_tracked");
+  }
+
+  void like_x(const OptionalTensor& t, const char* name) const {
+    if (!t) return;
+    TORCH_CHECK(t->sizes() == x_.sizes(), op_, ": expected ", name, " of shape ", x_.sizes(), ", got ", t->sizes());
+    TORCH_CHECK(t->scalar_type() == x_.scalar_type(), op_, ": expected ", name, " of ", x_.scalar_type(), ", got ",
+                t->scalar_type());
+    TORCH_CHECK(t->layout() == at::kStrided, op_, ": expected ", name, " to be a dense (strided) tensor, got ",
+                t->layout());
+    device(*t, name);
+  }
+
+  void saved_statistic(const at::Tensor& t, const char* name) const {
+    TORCH_CHECK(t.dim() == 1 && t.size(0) == x_.size(1) && t.scalar_type() == at::kDouble && t.is_contiguous(), op_,
+                ": expected ", name, " of shape [", x_.size(1), "] and float64, got ", t.sizes(), " of ",
+                t.scalar_type());
+    device(t, name);
+  }
+
+  Epilogue epilogue(int64_t activation, double param) const {
+    TORCH_CHECK(activation >= 0 && activation < kActivations, op_, ": expected activation in [0, ", kActivations,
+                "), got ", activation);
+    return {static_cast<Activation>(activation), param};
+  }
+
+ private:
+  void device(const at::Tensor& t, const char* name) const {
+    TORCH_CHECK(t.device() == x_.device(), op_, ": expected ", name, " on ", x_.device(), ", got ", t.device());
+  }
+
+  const char* op_;
+  const at::Tensor& x_;
+};
+
+// x's memory as outer x channels x inner; x is dense. Dimensions of size 1 have no place in memory, whatever their
+// stride says.
+inline Problem problem_of(const at::Tensor& x) {
+  Problem p{1, x.size(1), 1, dtype_of(x)};
+  const bool one_channel = x.size(1) == 1;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (d == 1) continue;
+    const bool inside = one_channel || x.stride(d) < x.stride(1);
+    (inside && x.size(d) != 1 ? p.inner : p.outer) *= x.size(d);
+  }
+  return p;
+}
+
+// x, or a copy of it with the strides that empty_like gives: dense, and the order of dimensions kept.
+inline at::Tensor dense(const at::Tensor& x) {
+  if (x.is_non_overlapping_and_dense()) return x;
+  return at::empty_like(x).copy_(x);
+}
+
+inline bool same_memory_order(const at::Tensor& t, const at::Tensor& like) {
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) != 1 && t.stride(d) != like.stride(d)) return false;
+  }
+  return true;
+}
+
+// t in the memory order of `like`, which is dense and of the same shape. Torch's kernels that read two layouts at once
+// are 5 to 18 times slower than this copy and one layout.
+inline at::Tensor in_order_of(const at::Tensor& t, const at::Tensor& like) {
+  if (same_memory_order(t, like)) return t;
+  return at::empty_like(like, t.options()).copy_(t);
+}
+
+inline OptionalTensor in_order_of(const OptionalTensor& t, const at::Tensor& like) {
+  if (!t) return std::nullopt;
+  return in_order_of(*t, like);
+}
+
+inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  if (!t) return std::nullopt;
+  return t->contiguous();
+}
+
+inline PerChannel written(const OptionalTensor& t) {
+  return t ? PerChannel{t->mutable_data_ptr(), dtype_of(*t)} : PerChannel{};
+}
+
+// A backend reads these through the same struct that it writes through, and writes to none of them.
+inline PerChannel read(const OptionalTensor& t) {
+  return t ? PerChannel{const_cast<void*>(t->const_data_ptr()), dtype_of(*t)} : PerChannel{};
+}
+
+struct Saved {
+  at::Tensor mean, invstd, mask;
+};
+
+inline Saved allocate_saved(const at::Tensor& x, const Problem& p, bool with_mask) {
+  const auto statistics = x.options().dtype(at::kDouble);
+  return {at::empty({p.channels}, statistics), at::empty({p.channels}, statistics),
+          at::empty({with_mask ? mask_bytes(p) : 0}, x.options().dtype(at::kByte))};
+}
+
+inline bool wants_mask(const Epilogue& e, const OptionalTensor& residual) {
+  return e.activation == Activation::kReLU && residual.has_value();
+}
+
+template <class Backend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
+    const at::Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    const OptionalTensor& residual_in, std::optional<double> momentum, double eps, int64_t activation,
+    double activation_param) {
+  const char* op = "bnfused::batch_norm_train";
+  const Checker check(op, x_in);
+  check.per_channel(weight_in, "weight");
+  check.per_channel(bias_in, "bias");
+  check.per_channel(running_mean, "running_mean", /*written=*/true);
+  check.per_channel(running_var, "running_var", /*written=*/true);
+  check.count(num_batches_tracked);
+  check.like_x(residual_in, "residual");
+  const Epilogue epilogue = check.epilogue(activation, activation_param);
+  TORCH_CHECK(momentum || num_batches_tracked, op, ": expected num_batches_tracked beside momentum None, got None");
+  TORCH_CHECK(eps > 0, op, ": expected eps to be positive, got ", eps);
+
+  const at::Tensor x = dense(x_in);
+  const Problem p = problem_of(x);
+  TORCH_CHECK_VALUE(p.rows() != 1 || p.channels == 0,
+                    "Expected more than 1 value per channel when training, got input size ", x.sizes());
+  const OptionalTensor residual = in_order_of(residual_in, x);
+  const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
+  const at::Tensor y = Backend::empty_like(x);
+  const Saved saved = allocate_saved(x, p, wants_mask(epilogue, residual));
+
+  TrainArgs args{};
+  args.problem = p;
+  args.x = x.const_data_ptr();
+  args.residual = data_of(residual);
+  args.y = y.mutable_data_ptr();
+  args.mask = saved.mask.numel() ? saved.mask.mutable_data_ptr<uint8_t>() : nullptr;
+  args.weight = read(weight);
+  args.bias = read(bias);
+  args.running_mean = written(running_mean);
+  args.running_var = written(running_var);
+  args.num_batches_tracked = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
+  args.mean = saved.mean.mutable_data_ptr<double>();
+  args.invstd = saved.invstd.mutable_data_ptr<double>();
+  args.eps = eps;
+  args.momentum = momentum.value_or(0);
+  args.cumulative = !momentum.has_value();
+  args.epilogue = epilogue;
+  Backend::batch_norm_train(args);
+  return {y, saved.mean, saved.invstd, saved.mask};
+}
+
+// Shared by the op that keeps what a backward needs and the one that does not.
+template <class Backend>
+at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const OptionalTensor& weight_in,
+                                   const OptionalTensor& bias_in, const at::Tensor& running_mean_in,
+                                   const at::Tensor& running_var_in, const OptionalTensor& residual_in, double eps,
+                                   int64_t activation, double activation_param, Saved* saved) {
+  const Checker check(op, x_in);
+  check.per_channel(weight_in, "weight");
+  check.per_channel(bias_in, "bias");
+  check.per_channel(running_mean_in, "running_mean");
+  check.per_channel(running_var_in, "running_var");
+  check.like_x(residual_in, "residual");
+  const Epilogue epilogue = check.epilogue(activation, activation_param);
+  TORCH_CHECK(eps >= 0, op, ": expected eps to be non-negative, got ", eps);
+
+  const at::Tensor x = dense(x_in);
+  const Problem p = problem_of(x);
+  const OptionalTensor residual = in_order_of(residual_in, x);
+  const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
+  const OptionalTensor running_mean = running_mean_in.contiguous(), running_var = running_var_in.contiguous();
+  const at::Tensor y = Backend::empty_like(x);
+
+  EvalArgs args{};
+  args.problem = p;
+  args.x = x.const_data_ptr();
+  args.residual = data_of(residual);
+  args.y = y.mutable_data_ptr();
+  args.weight = read(weight);
+  args.bias = read(bias);
+  args.running_mean = read(running_mean);
+  args.running_var = read(running_var);
+  args.eps = eps;
+  args.epilogue = epilogue;
+  if (saved) {
+    *saved = allocate_saved(x, p, wants_mask(epilogue, residual));
+    args.mask = saved->mask.numel() ? saved->mask.mutable_data_ptr<uint8_t>() : nullptr;
+    args.mean = saved->mean.mutable_data_ptr<double>();
+    args.invstd = saved->invstd.mutable_data_ptr<double>();
+  }
+  Backend::batch_norm_eval(args);
+  return y;
+}
+
+template <class Backend>
+at::Tensor batch_norm_eval(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                           const at::Tensor& running_mean, const at::Tensor& running_var,
+                           const OptionalTensor& residual, double eps, int64_t activation, double activation_param) {
+  return batch_norm_with_running<Backend>("bnfused::batch_norm_eval", x, weight, bias, running_mean, running_var,
+                                          residual, eps, activation, activation_param, nullptr);
+}
+
+template <class Backend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_frozen(
+    const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& running_mean,
+    const at::Tensor& running_var, const OptionalTensor& residual, double eps, int64_t activation,
+    double activation_param) {
+  Saved saved;
+  at::Tensor y = batch_norm_with_running<Backend>("bnfused::batch_norm_frozen", x, weight, bias, running_mean,
+                                                  running_var, residual, eps, activation, activation_param, &saved);
+  return {y, saved.mean, saved.invstd, saved.mask};
+}
+
+template <class Backend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_y_in, const at::Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
+    const OptionalTensor& residual_in, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
+    int64_t activation, double activation_param, bool training, std::array<bool, 4> output_mask) {
+  const char* op = "bnfused::batch_norm_backward";
+  const Checker check(op, x_in);
+  check.like_x(grad_y_in, "grad_y");
+  check.per_channel(weight_in, "weight");
+  check.per_channel(bias_in, "bias");
+  check.like_x(residual_in, "residual");
+  check.saved_statistic(mean, "mean");
+  check.saved_statistic(invstd, "invstd");
+  const Epilogue epilogue = check.epilogue(activation, activation_param);
+  const auto [need_x, need_weight, need_bias, need_residual] = output_mask;
+
+  const at::Tensor x = dense(x_in);
+  const Problem p = problem_of(x);
+  const bool use_mask = wants_mask(epilogue, residual_in);
+  if (use_mask) {
+    TORCH_CHECK(mask && mask->scalar_type() == at::kByte && mask->numel() == mask_bytes(p) && mask->is_contiguous(), op,
+                ": expected mask of ", mask_bytes(p), " bytes beside ReLU with a residual, got ",
+                mask ? mask->numel() : 0);
+  }
+  const at::Tensor grad_y = in_order_of(grad_y_in, x);
+  // The mask says all that ReLU needs of the residual.
+  const OptionalTensor residual = use_mask ? OptionalTensor{} : in_order_of(residual_in, x);
+  const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
+
+  const auto absent = x.options();
+  const auto parameter = x.scalar_type() == at::kDouble ? absent : absent.dtype(at::kFloat);
+  const auto of_parameter = [&](const OptionalTensor& t, bool needed) {
+    return at::empty({needed ? p.channels : 0}, t ? t->options() : parameter);
+  };
+  const at::Tensor grad_x = need_x ? Backend::empty_like(x) : at::empty({0}, absent);
+  const at::Tensor grad_residual = need_residual ? Backend::empty_like(x) : at::empty({0}, absent);
+  const at::Tensor grad_weight = of_parameter(weight, need_weight);
+  const at::Tensor grad_bias = of_parameter(bias, need_bias);
+
+  BackwardArgs args{};
+  args.problem = p;
+  args.grad_y = grad_y.const_data_ptr();
+  args.x = x.const_data_ptr();
+  args.residual = data_of(residual);
+  args.mask = use_mask ? mask->const_data_ptr<uint8_t>() : nullptr;
+  args.weight = read(weight);
+  args.bias = read(bias);
+  args.mean = mean.const_data_ptr<double>();
+  args.invstd = invstd.const_data_ptr<double>();
+  args.training = training;
+  args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
+  args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
+  if (need_weight) args.grad_weight = written(grad_weight);
+  if (need_bias) args.grad_bias = written(grad_bias);
+  args.epilogue = epilogue;
+  Backend::batch_norm_backward(args);
+  return {grad_x, grad_weight, grad_bias, grad_residual};
+}
+
+}  // namespace bnfused::ops

@@ -1,0 +1,30 @@
+// The contract on one screen: every op, what it reads, what it writes, what it returns.
+//
+// mean and invstd are float64 (C,): a float32 mean loses what the backward needs once mean / std passes 1e4.
+// mask is uint8, one bit per value, and only there for ReLU with a residual; every other activation is recomputed.
+// momentum None is the cumulative average: 1 / num_batches_tracked, counted with this batch.
+#include <torch/library.h>
+
+TORCH_LIBRARY(bnfused, m) {
+  m.def(
+      "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, int activation, "
+      "float activation_param) -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
+      {at::Tag::pt2_compliant_tag});
+  // The statistics are the running ones and gradients will flow: keeps what the backward needs.
+  m.def(
+      "batch_norm_frozen(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "Tensor? residual, float eps, int activation, float activation_param) "
+      "-> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "Tensor? residual, float eps, int activation, float activation_param) -> Tensor y",
+      {at::Tag::pt2_compliant_tag});
+  // A gradient that output_mask does not ask for comes back with no elements.
+  m.def(
+      "batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
+      "Tensor invstd, Tensor? mask, int activation, float activation_param, bool training, bool[4] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+      {at::Tag::pt2_compliant_tag});
+}
