@@ -69,10 +69,8 @@ class BatchNormFunction(torch.autograd.Function):
                 )
         ctx.eps = eps
         ctx.settings = (activation, activation_param, training)
-        # Without an activation the residual's gradient is grad_y itself, and neither it nor bias is needed again.
-        ctx.has_residual = residual is not None
         if activation == 0:
-            bias = residual = None
+            residual = None  # its gradient is grad_y itself
         ctx.save_for_backward(x, weight, bias, residual, mean, invstd, mask)
         if not with_saved:
             return y

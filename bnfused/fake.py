@@ -40,6 +40,13 @@ def _saved(x: Tensor, residual: Tensor | None, activation: int) -> tuple[Tensor,
     return mean, invstd, mask
 
 
+def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """One meta tensor among others brings the call here: without this it would return no values and no error."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(f"bnfused: expected all tensors on {x.device}, got {other.device}")
+
+
 def _train(
     x: Tensor,
     weight: Tensor | None,
@@ -53,6 +60,7 @@ def _train(
     activation: int,
     activation_param: float,
 ) -> tuple[Tensor, ...]:
+    _check_devices(x, weight, bias, running_mean, running_var, num_batches_tracked, residual)
     return torch.empty_like(x), *_saved(x, residual, activation)
 
 
@@ -67,10 +75,20 @@ def _frozen(
     activation: int,
     activation_param: float,
 ) -> tuple[Tensor, ...]:
+    _check_devices(x, weight, bias, running_mean, running_var, residual)
     return torch.empty_like(x), *_saved(x, residual, activation)
 
 
-def _eval(x: Tensor, *_: Any) -> Tensor:
+def _eval(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    *_: Any,
+) -> Tensor:
+    _check_devices(x, weight, bias, running_mean, running_var, residual)
     return torch.empty_like(x)
 
 
@@ -88,6 +106,7 @@ def _backward(
     training: bool,
     output_mask: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
+    _check_devices(x, grad_y, weight, bias, residual, mean, invstd, mask)
     need_x, need_weight, need_bias, need_residual = output_mask
     absent = x.new_empty(0)
     # A gradient of float32 where there is no parameter to take the dtype from.

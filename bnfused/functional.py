@@ -80,6 +80,8 @@ def batch_norm(
         )
     if not isinstance(input, Tensor):
         raise TypeError(f"batch_norm: expected input to be a Tensor, got {type(input).__name__}")
+    if input.layout is not torch.strided:
+        raise RuntimeError(f"batch_norm: expected input to be a dense (strided) tensor, got {input.layout}")
     code, param = activations.resolve(activation, activation_param)
     reference.check_values(input, training, eps)
     if training:
@@ -105,8 +107,11 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked,
         )
     # Under torch.compile the op is the node, and its gradient comes from the dispatcher.
-    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, residual)
-    if needs_grad and not torch.compiler.is_compiling():
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and torch._C._any_requires_grad(input, weight, bias, residual)
+    ):
         return autograd.BatchNormFunction.apply(
             input,
             weight,

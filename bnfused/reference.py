@@ -64,6 +64,9 @@ def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
         return empty, empty
     dims = [0, *range(2, values.dim())]
     mean = values.mean(dims)
+    mean = mean + (values - _per_channel(mean, values)).mean(
+        dims
+    )  # what rounding left: equal values have their own mean
     return mean, (values - _per_channel(mean, values)).square().mean(dims)
 
 
@@ -107,10 +110,9 @@ def update_running(
         num_batches_tracked.add_(1)
     if rows == 0:
         return
-    if momentum is None:
-        factor = 0.0 if num_batches_tracked is None else 1 / num_batches_tracked
-    else:
-        factor = momentum
+    factor: float | Tensor = 0.0 if momentum is None else momentum
+    if momentum is None and num_batches_tracked is not None:
+        factor = 1 / num_batches_tracked
     if running_mean is not None:
         running_mean.copy_((1 - factor) * running_mean.to(mean.dtype) + factor * mean)
     if running_var is not None:
@@ -130,7 +132,7 @@ def check_values(x: Tensor, training: bool, eps: float) -> None:
         return
     # numel first: the usual case, without a loop over the sizes
     if x.dim() >= 2 and x.numel() == x.shape[1] and rows_of(x) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 

@@ -74,6 +74,7 @@ GradArgs<T> grad_args(const BackwardArgs& args, int64_t at, int64_t mask_at) {
   g.mask = args.mask ? args.mask + mask_at : nullptr;
   g.grad_x = args.grad_x ? static_cast<T*>(args.grad_x) + at : nullptr;
   g.grad_residual = args.grad_residual ? static_cast<T*>(args.grad_residual) + at : nullptr;
+  g.store_ahead = store_ahead();
   g.epilogue = args.epilogue;
   return g;
 }
@@ -150,11 +151,9 @@ void backward_planes(const BackwardArgs& args) {
 // Sums over one task's rows, for every column.
 template <class T>
 class ColumnSums {
-  using A = Accumulate<T>;
-
  public:
   explicit ColumnSums(int64_t columns)
-      : sums_(scratch<A>(columns)), products_(scratch<A>(columns)), all_(new GradSums[columns]) {}
+      : sums_(scratch<double>(columns)), products_(scratch<double>(columns)), all_(new GradSums[columns]) {}
 
   const GradSums& operator[](int64_t column) const { return all_[column]; }
 
@@ -170,7 +169,7 @@ class ColumnSums {
   }
 
  private:
-  std::unique_ptr<A[]> sums_, products_;
+  std::unique_ptr<double[]> sums_, products_;
   std::unique_ptr<GradSums[]> all_;
 };
 

@@ -23,6 +23,7 @@ ApplyArgs<T> apply_args(const EvalArgs& args, int64_t at, int64_t mask_at) {
   a.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
   a.y = static_cast<T*>(args.y) + at;
   a.mask = args.mask ? args.mask + mask_at : nullptr;
+  a.store_ahead = store_ahead();
   a.epilogue = args.epilogue;
   return a;
 }

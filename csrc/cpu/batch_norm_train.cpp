@@ -39,6 +39,7 @@ ApplyArgs<T> apply_args(const TrainArgs& args) {
   a.residual = static_cast<const T*>(args.residual);
   a.y = static_cast<T*>(args.y);
   a.mask = args.mask;
+  a.store_ahead = store_ahead();
   a.epilogue = args.epilogue;
   return a;
 }

@@ -39,6 +39,15 @@ void write(const PerChannel& values, int64_t channel, double value) {
   }
 }
 
+int64_t store_ahead() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const int64_t bytes = __builtin_cpu_is("intel") ? 4096 : 0;
+  return bytes;
+#else
+  return 0;
+#endif
+}
+
 RowView row_view(const Problem& p, bool with_mask) {
   constexpr int64_t kEnough = 64;        // columns: four vectors of AVX-512, so that a row is worth its loop
   constexpr int64_t kFewChannels = 256;  // below this the wider sums of several rows still fit L1

@@ -6,6 +6,7 @@
 // its own.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "batch_norm.h"
@@ -55,7 +56,8 @@ struct ApplyArgs {
   Runs runs;
   const Accumulate<T>* coefficients;
   int64_t coefficient_stride, coefficient_step;
-  int64_t prefetch;  // values ahead of x to fetch into L2 while storing; 0 for none
+  int64_t prefetch;     // values ahead of x to fetch into L2 while storing; 0 for none
+  int64_t store_ahead;  // bytes ahead of a store to ask for its line; 0 for not
   Epilogue epilogue;
 };
 
@@ -70,7 +72,7 @@ struct GradArgs {
   Runs runs;
   const Accumulate<T>* coefficients;
   int64_t coefficient_stride;
-  int64_t prefetch;
+  int64_t prefetch, store_ahead;
   Epilogue epilogue;
 };
 
@@ -81,17 +83,31 @@ struct Sums {
 template <class T>
 struct Leaves {
   using A = Accumulate<T>;
-  // Sum of (x - shift) and of its square. At most a few thousand values: the sums are kept in A.
+  // Sum of (x - shift) and of its square. All sums leave a lane for float64 after a few values: what a lane of A holds
+  // is never more than a few roundings old.
   Sums (*plane_moments)(const T* x, Runs, A shift);
   // The same for every column; sums and squares are overwritten.
-  void (*row_moments)(const T* x, Runs, const A* shift, A* sums, A* squares);
+  void (*row_moments)(const T* x, Runs, const A* shift, double* sums, double* squares);
+  // Whether `trusted` (moments.h) holds for every column.
+  bool (*all_trusted)(const double* sums, const double* squares, double count, int64_t columns);
+  // Merges a block's sums, around its shift, into the mean and sum of squared deviations of `before` earlier values.
+  void (*merge_columns)(const A* shift, const double* sums, const double* squares, double count, double before,
+                        double* mean, double* m2, int64_t columns);
   // Sum of g and of g * (x - mean).
   Sums (*plane_grad_sums[kBackwards])(const GradArgs<T>&);
-  void (*row_grad_sums[kBackwards])(const GradArgs<T>&, A* sums, A* products);
+  void (*row_grad_sums[kBackwards])(const GradArgs<T>&, double* sums, double* products);
   // [layout][streaming][kind]
   void (*apply[2][2][kForwards])(const ApplyArgs<T>&);
   void (*grad_apply[2][2][kBackwards])(const GradArgs<T>&);
 };
+
+// How far, in standard deviations of a block, its mean may lie from the shift that it was summed around; and the range
+// that sums of squares must lie in for their squares to have kept their digits.
+constexpr double kTrusted = 2;
+template <class A>
+constexpr double kLowestSquares = double(std::numeric_limits<A>::min()) * 1e8;
+template <class A>
+constexpr double kHighestSquares = double(std::numeric_limits<A>::max()) * 1e-1;
 
 // Each instruction set's own table; leaves_avx2.cpp and leaves_avx512.cpp are empty where the compiler cannot build
 // them.

@@ -1,11 +1,6 @@
 // The loops themselves. Included once for each instruction set, inside a namespace of its own, after vec.h and
 // epilogue.h; ends in kLeaves<T>, the table that leaves.h declares.
 
-// Bytes ahead of a store to ask for its line in exclusive state: the read-for-ownership of a line that is not in L2
-// then overlaps the arithmetic. 4 KiB measured best for outputs that fit the last-level cache.
-constexpr int kStoreAhead = 4096;
-constexpr int kLine = 64;
-
 // Calls body(i, full) for every whole vector of [0, n) and body(i, lanes) for what is left over.
 template <class A, class Body>
 BNFUSED_INLINE void for_each_vector(int64_t n, Body body) {
@@ -27,17 +22,35 @@ BNFUSED_INLINE Vec<Accumulate<T>> load_lanes(const T* p, int lanes, Vec<Accumula
 }
 
 template <bool kStream, class T>
-BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, std::integral_constant<int, kLanes<Accumulate<T>>>) {
+BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, int64_t ahead,
+                                std::integral_constant<int, kLanes<Accumulate<T>>>) {
   if constexpr (kStream) {
     stream(p, a);
   } else {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kStoreAhead, 1, 2);
+    if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 1, 2);
     store(p, a);
   }
 }
 template <bool kStream, class T>
-BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, int lanes) {
+BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, int64_t, int lanes) {
   store_first(p, a, lanes);
+}
+
+template <class A>
+BNFUSED_INLINE void store_bits_lanes(uint8_t* p, typename Vec<A>::Bits where, std::integral_constant<int, kLanes<A>>) {
+  store_bits<A>(p, where);
+}
+template <class A>
+BNFUSED_INLINE void store_bits_lanes(uint8_t* p, typename Vec<A>::Bits where, int lanes) {
+  store_bits_first<A>(p, where, lanes);
+}
+template <class A>
+BNFUSED_INLINE typename Vec<A>::Bits load_bits_lanes(const uint8_t* p, std::integral_constant<int, kLanes<A>>) {
+  return load_bits<A>(p);
+}
+template <class A>
+BNFUSED_INLINE typename Vec<A>::Bits load_bits_lanes(const uint8_t* p, int lanes) {
+  return load_bits_first<A>(p, lanes);
 }
 
 // ---- coefficients: one set for all columns, or one for each
@@ -48,55 +61,70 @@ struct Broadcast {
   BNFUSED_INLINE Broadcast(const A* coefficients, int64_t stride) {
     for (int k = 0; k < kCount; ++k) values[k] = Vec<A>(coefficients[k * stride]);
   }
-  BNFUSED_INLINE Vec<A> get(int k, int64_t) const { return values[k]; }
+  BNFUSED_INLINE const Broadcast& at(int64_t) const { return *this; }
+  BNFUSED_INLINE Vec<A> operator[](int k) const { return values[k]; }
 };
 
+// at(column) says where to load from; the compiler loads what is used, once for all rows that are taken together.
 template <class A, int kCount>
 struct PerColumn {
   const A* coefficients;
   int64_t stride;
   BNFUSED_INLINE PerColumn(const A* c, int64_t s) : coefficients(c), stride(s) {}
-  BNFUSED_INLINE Vec<A> get(int k, int64_t column) const { return load(coefficients + k * stride + column); }
+  BNFUSED_INLINE PerColumn at(int64_t column) const { return {coefficients + column, stride}; }
+  BNFUSED_INLINE Vec<A> operator[](int k) const { return load(coefficients + k * stride); }
 };
 
 template <Layout kLayout, class A, int kCount>
 using Coefficients = std::conditional_t<kLayout == Layout::kPlanes, Broadcast<A, kCount>, PerColumn<A, kCount>>;
 
+// Rows that share the loads of their coefficients: those loads cost as much as the data once it comes from beyond L2
+// (measured: the last pass of the backward at 28 instead of 45 GB/s). Streaming 16-bit rows go one by one: half a line
+// at a time to several rows, the write-combining buffers are flushed half full.
+template <class T, Layout kLayout, bool kStream>
+constexpr int kTogether = kLayout == Layout::kPlanes || (kStream && kIsHalf<T>) ? 1 : 4;
+
+// Calls f(run, count) for all runs, kMost at a time and then one by one; count is a constant.
+template <int kMost, class F>
+BNFUSED_INLINE void for_each_group(int64_t runs, F f) {
+  int64_t run = 0;
+  for (; run + kMost <= runs; run += kMost) f(run, std::integral_constant<int, kMost>{});
+  if constexpr (kMost > 1) {
+    for (; run < runs; ++run) f(run, std::integral_constant<int, 1>{});
+  }
+}
+
 // ---- forward
 
 template <class T, Layout kLayout, bool kStream, Forward kKind>
-void apply(const ApplyArgs<T>& args) {
+void apply(const ApplyArgs<T>& args_in) {
   using A = Accumulate<T>;
   using V = Vec<A>;
-  const Epilogue epilogue = args.epilogue;
-  const int64_t ahead = args.prefetch;
-  for (int64_t run = 0; run < args.runs.count; ++run) {
-    const int64_t offset = run * args.runs.stride;
-    const Coefficients<kLayout, A, kForwardCoefficients> c(args.coefficients + run * args.coefficient_step,
-                                                           args.coefficient_stride);
-    const T* x = args.x + offset;
-    const T* residual = args.residual ? args.residual + offset : nullptr;
-    T* y = args.y + offset;
-    uint8_t* mask = args.mask ? args.mask + run * args.runs.mask_stride : nullptr;
-    for_each_vector<A>(args.runs.length, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      if (ahead) __builtin_prefetch(x + i + ahead, 0, 2);
-      V z = fma(load_lanes(x + i, lanes, V(A(0))) - c.get(kMean, i), c.get(kScale, i), c.get(kShift, i));
-      if (residual) z = z + load_lanes(residual + i, lanes, V(A(0)));
-      if constexpr (kKind == Forward::kReLU) {
-        if (mask) {
-          const auto passes = ~(z <= V(kRoundsToZero<T>));
-          if constexpr (std::is_same_v<decltype(lanes), int>) {
-            store_bits_first<A>(mask + i / 8, passes, lanes);
-          } else {
-            store_bits<A>(mask + i / 8, passes);
+  const ApplyArgs<T> args = args_in;
+  for_each_group<kTogether<T, kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
+    const Coefficients<kLayout, A, kForwardCoefficients> coefficients(args.coefficients + run * args.coefficient_step,
+                                                                      args.coefficient_stride);
+    for_each_vector<A>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+      const auto c = coefficients.at(i);
+      const V mean = c[kMean], scale = c[kScale], shift = c[kShift];
+#pragma GCC unroll 4
+      for (int r = 0; r < decltype(count)::value; ++r) {
+        const int64_t at = (run + r) * args.runs.stride + i;
+        if (args.prefetch) __builtin_prefetch(args.x + at + args.prefetch, 0, 2);
+        V z = fma(load_lanes(args.x + at, lanes, V(A(0))) - mean, scale, shift);
+        if (args.residual) z = z + load_lanes(args.residual + at, lanes, V(A(0)));
+        if constexpr (kKind == Forward::kReLU) {
+          if (args.mask) {
+            uint8_t* bits = args.mask + (run + r) * args.runs.mask_stride + i / 8;
+            store_bits_lanes<A>(bits, ~(z <= V(kRoundsToZero<T>)), lanes);
           }
+          z = relu(z);
         }
-        z = relu(z);
+        if constexpr (kKind == Forward::kOther) z = value(args.epilogue, z);
+        store_lanes<kStream>(args.y + at, z, args.store_ahead, lanes);
       }
-      if constexpr (kKind == Forward::kOther) z = value(epilogue, z);
-      store_lanes<kStream>(y + i, z, lanes);
     });
-  }
+  });
   if constexpr (kStream) stream_fence();
 }
 
@@ -108,23 +136,42 @@ struct Pair {
   Vec<A> u, v;
 };
 
+// Values that a lane adds up in A before its sum moves to float64.
+constexpr int kLaneValues = 8;
+
 template <class A, class Term>
 BNFUSED_INLINE Sums sum_all(Runs runs, Term term) {
   using V = Vec<A>;
   constexpr int W = V::kSize;
-  V first[4], second[4];
-  for (int k = 0; k < 4; ++k) first[k] = second[k] = V(A(0));
-  const auto add = [&](int k, Pair<A> t) __attribute__((always_inline)) {
+  constexpr int kChains = 4;  // so that additions do not wait for one another
+  V first[kChains], second[kChains];
+  Wide<A> all_first, all_second;
+  const auto clear = [&]() BNFUSED_INLINE_LAMBDA {
+    for (int k = 0; k < kChains; ++k) first[k] = second[k] = V(A(0));
+  };
+  const auto flush = [&]() BNFUSED_INLINE_LAMBDA {
+    all_first += Wide<A>((first[0] + first[1]) + (first[2] + first[3]));
+    all_second += Wide<A>((second[0] + second[1]) + (second[2] + second[3]));
+    clear();
+  };
+  const auto add = [&](int k, Pair<A> t) BNFUSED_INLINE_LAMBDA {
     first[k] = first[k] + t.u;
     second[k] = fma(t.u, t.v, second[k]);
   };
   constexpr std::integral_constant<int, W> full{};
+  clear();
+  int added = 0;  // at most, to any chain
   for (int64_t run = 0; run < runs.count; ++run) {
     int64_t i = 0;
-    for (; i + 4 * W <= runs.length; i += 4 * W) {
+    for (; i + kChains * W <= runs.length; i += kChains * W) {
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) add(k, term(run, i + k * W, full));
+      for (int k = 0; k < kChains; ++k) add(k, term(run, i + k * W, full));
+      if (++added == kLaneValues) {
+        flush();
+        added = 0;
+      }
     }
+    if (i == runs.length) continue;
     if (i + 2 * W <= runs.length) {
       add(0, term(run, i, full));
       add(1, term(run, i + W, full));
@@ -135,110 +182,152 @@ BNFUSED_INLINE Sums sum_all(Runs runs, Term term) {
       i += W;
     }
     if (i < runs.length) add(3, term(run, i, static_cast<int>(runs.length - i)));
+    if (++added == kLaneValues) {
+      flush();
+      added = 0;
+    }
   }
-  return {sum_lanes((first[0] + first[1]) + (first[2] + first[3])),
-          sum_lanes((second[0] + second[1]) + (second[2] + second[3]))};
+  flush();
+  return {all_first.sum(), all_second.sum()};
 }
 
-// kVectors columns' worth of vectors at `column`, down all rows, in 4 / kVectors chains so that additions do not wait
-// for one another.
+// kVectors columns' worth of vectors at `column`, down all rows.
 template <int kVectors, class A, class Term>
-BNFUSED_INLINE void sum_tile(int64_t rows, int64_t column, Term term, A* sums, A* products) {
+BNFUSED_INLINE void sum_tile(int64_t rows, int64_t column, Term term, double* sums, double* products) {
   using V = Vec<A>;
   constexpr int W = V::kSize;
-  constexpr int kChains = 4 / kVectors;
   constexpr std::integral_constant<int, W> full{};
-  V first[kChains][kVectors], second[kChains][kVectors];
-  for (int k = 0; k < kChains; ++k) {
-    for (int v = 0; v < kVectors; ++v) first[k][v] = second[k][v] = V(A(0));
-  }
-  const auto add = [&](int k, int64_t row) __attribute__((always_inline)) {
+  V first[kVectors], second[kVectors];
+  Wide<A> all_first[kVectors], all_second[kVectors];
+  for (int64_t row = 0; row < rows;) {
+    for (int v = 0; v < kVectors; ++v) first[v] = second[v] = V(A(0));
+    for (const int64_t end = row + kLaneValues < rows ? row + kLaneValues : rows; row < end; ++row) {
 #pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Pair<A> t = term(row, column + v * W, full);
+        first[v] = first[v] + t.u;
+        second[v] = fma(t.u, t.v, second[v]);
+      }
+    }
     for (int v = 0; v < kVectors; ++v) {
-      const Pair<A> t = term(row, column + v * W, full);
-      first[k][v] = first[k][v] + t.u;
-      second[k][v] = fma(t.u, t.v, second[k][v]);
+      all_first[v] += Wide<A>(first[v]);
+      all_second[v] += Wide<A>(second[v]);
     }
-  };
-  int64_t row = 0;
-  for (; row + kChains <= rows; row += kChains) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kChains; ++k) add(k, row + k);
   }
-  for (; row < rows; ++row) add(0, row);
   for (int v = 0; v < kVectors; ++v) {
-    V a = first[0][v], b = second[0][v];
-    for (int k = 1; k < kChains; ++k) {
-      a = a + first[k][v];
-      b = b + second[k][v];
-    }
-    store(sums + column + v * W, a);
-    store(products + column + v * W, b);
+    store_wide<A>(sums + column + v * W, all_first[v]);
+    store_wide<A>(products + column + v * W, all_second[v]);
   }
 }
 
-// Rows that are wide are taken eight at a time, left to right, so that memory is read along the rows and the sums of a
-// column are loaded once for eight of its values.
+// Rows of up to four vectors keep their sums in registers. Wider ones are taken eight at a time, left to right, so that
+// the sums of a column are loaded once for eight of its values. Eight rows that lie side by side within a page confuse
+// the hardware's prefetch, so they are taken from eight places instead, each read in order (measured on 1 KiB rows:
+// 54 instead of 40 GB/s); rows of a page and more are streams of their own already.
 template <class A, class Term>
-BNFUSED_INLINE void sum_columns(Runs runs, Term term, A* sums, A* products) {
+BNFUSED_INLINE void sum_columns(Runs runs, int64_t row_bytes, Term term, double* sums, double* products) {
   using V = Vec<A>;
   constexpr int W = V::kSize;
-  constexpr int64_t kTileColumns = 8 * W;
   const int64_t width = runs.length, rows = runs.count;
-  if (width <= kTileColumns && width % W == 0) {
+  if (width <= 4 * W && width % W == 0) {
     int64_t column = 0;
-    for (; column + 4 * W <= width; column += 4 * W) sum_tile<4>(rows, column, term, sums, products);
-    if (column + 2 * W <= width) {
-      sum_tile<2>(rows, column, term, sums, products);
-      column += 2 * W;
+    if (width == 4 * W) {
+      sum_tile<4, A>(rows, 0, term, sums, products);
+      return;
     }
-    if (column < width) sum_tile<1>(rows, column, term, sums, products);
+    if (width >= 2 * W) {
+      sum_tile<2, A>(rows, 0, term, sums, products);
+      column = 2 * W;
+    }
+    if (column < width) sum_tile<1, A>(rows, column, term, sums, products);
     return;
   }
-  constexpr int kRows = 8;
-  int64_t row = 0;
-  const auto sweep = [&](auto count) __attribute__((always_inline)) {
-    constexpr int kCount = decltype(count)::value;
-    const bool start = row == 0;
-    for_each_vector<A>(width, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+  constexpr int kRows = kLaneValues;
+  constexpr int64_t kPage = 4096;
+  const int64_t groups = rows / kRows;
+  const int64_t apart = row_bytes < kPage ? groups : 1;
+  const auto sweep = [&](int64_t row, auto count) BNFUSED_INLINE_LAMBDA {
+    for_each_vector<A>(width, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
       V first[2] = {V(A(0)), V(A(0))}, second[2] = {V(A(0)), V(A(0))};
 #pragma GCC unroll 8
-      for (int r = 0; r < kCount; ++r) {
-        const Pair<A> t = term(row + r, i, lanes);
+      for (int r = 0; r < decltype(count)::value; ++r) {
+        const Pair<A> t = term(row + r * apart, i, lanes);
         first[r % 2] = first[r % 2] + t.u;
         second[r % 2] = fma(t.u, t.v, second[r % 2]);
       }
-      const V a = first[0] + first[1], b = second[0] + second[1];
-      store(sums + i, start ? a : load(sums + i) + a);
-      store(products + i, start ? b : load(products + i) + b);
+      Wide<A> a(first[0] + first[1]), b(second[0] + second[1]);
+      if (row > 0) {
+        a += load_wide<A>(sums + i);
+        b += load_wide<A>(products + i);
+      }
+      store_wide<A>(sums + i, a);
+      store_wide<A>(products + i, b);
     });
-    row += kCount;
   };
-  for (; row + kRows <= rows;) sweep(std::integral_constant<int, kRows>{});
-  for (; row < rows;) sweep(std::integral_constant<int, 1>{});
+  for (int64_t group = 0; group < groups; ++group) {
+    sweep(apart == 1 ? group * kRows : group, std::integral_constant<int, kRows>{});
+  }
+  for (int64_t row = groups * kRows; row < rows; ++row) sweep(row, std::integral_constant<int, 1>{});
 }
 
 template <class T>
 Sums plane_moments(const T* x, Runs runs, Accumulate<T> shift) {
   using A = Accumulate<T>;
   const Vec<A> k(shift);
-  return sum_all<A>(runs, [=](int64_t run, int64_t i, auto lanes) __attribute__((always_inline)) {
+  return sum_all<A>(runs, [=](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
     const Vec<A> d = load_lanes(x + run * runs.stride + i, lanes, k) - k;
     return Pair<A>{d, d};
   });
 }
 
 template <class T>
-void row_moments(const T* x, Runs runs, const Accumulate<T>* shift, Accumulate<T>* sums, Accumulate<T>* squares) {
+void row_moments(const T* x, Runs runs, const Accumulate<T>* shift, double* sums, double* squares) {
   using A = Accumulate<T>;
   sum_columns<A>(
-      runs,
-      [=](int64_t run, int64_t i, auto lanes) __attribute__((always_inline)) {
+      runs, runs.length * sizeof(T),
+      [=](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
         const Vec<A> k = load(shift + i);
         const Vec<A> d = load_lanes(x + run * runs.stride + i, lanes, k) - k;
         return Pair<A>{d, d};
       },
       sums, squares);
+}
+
+template <class A>
+bool all_trusted(const double* sums, const double* squares, double count, int64_t columns) {
+  using V = Vec<double>;
+  const V inverse(1 / count), limit(kTrusted * kTrusted), zero(0.0);
+  const V low(kLowestSquares<A>), high(kHighestSquares<A>);
+  typename V::Bits doubtful = zero > zero;
+  for_each_vector<double>(columns, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+    const V s = load_lanes(sums + i, lanes, zero), q = load_lanes(squares + i, lanes, zero);
+    const V shared = s * (s * inverse);
+    const auto some = (s.v != zero.v) | (q.v != zero.v);
+    doubtful |= (shared > limit * (q - shared)) | (q > high) | (some & (low > q));
+  });
+  int64_t any = 0;
+  for (int lane = 0; lane < V::kSize; ++lane) any |= doubtful[lane];
+  return any == 0;
+}
+
+template <class A>
+void merge_columns(const A* shift, const double* sums, const double* squares, double count, double before,
+                   double* mean, double* m2, int64_t columns) {
+  using V = Vec<double>;
+  const double share = count / (before + count);
+  const V inverse(1 / count), of_mean(share), of_square(before * share), zero(0.0);
+  // The arrays are padded for reading; past `columns` a short last row must leave them as they are.
+  for_each_vector<double>(columns, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+    V k;
+    for (int lane = 0; lane < V::kSize; ++lane) k.v[lane] = shift[i + lane];
+    const V s = load(sums + i), m = load(mean + i);
+    const V offset = s * inverse;
+    const V own = load(squares + i) - s * offset;
+    const V delta = (k + offset) - m;
+    const V merged = load(m2 + i) + select<double>(own <= zero, zero, own) + delta * delta * of_square;
+    store_lanes<false>(mean + i, m + delta * of_mean, 0, lanes);
+    store_lanes<false>(m2 + i, merged, 0, lanes);
+  });
 }
 
 // ---- backward
@@ -249,21 +338,17 @@ BNFUSED_INLINE Pair<Accumulate<T>> gated(const GradArgs<T>& args, const C& c, in
   using A = Accumulate<T>;
   using V = Vec<A>;
   const int64_t at = run * args.runs.stride + i;
-  const V mean = c.get(kMean, i);
+  const V mean = c[kMean];
   const V d = load_lanes(args.x + at, lanes, mean) - mean;
-  V g = load_lanes(args.grad_y + at, lanes, V(A(0)));
+  V g = unfolded(load_lanes(args.grad_y + at, lanes, V(A(0))));
   if constexpr (kKind == Backward::kReLU) {
-    const V z = fma(d, c.get(kScale, i), c.get(kShift, i));
+    const V z = fma(d, c[kScale], c[kShift]);
     g = select<A>(z <= V(kRoundsToZero<T>), V(A(0)), g);
   } else if constexpr (kKind == Backward::kMaskedReLU) {
     const uint8_t* bits = args.mask + run * args.runs.mask_stride + i / 8;
-    if constexpr (std::is_same_v<decltype(lanes), int>) {
-      g = select<A>(load_bits_first<A>(bits, lanes), g, V(A(0)));
-    } else {
-      g = select<A>(load_bits<A>(bits), g, V(A(0)));
-    }
+    g = select<A>(load_bits_lanes<A>(bits, lanes), g, V(A(0)));
   } else if constexpr (kKind == Backward::kOther) {
-    V z = fma(d, c.get(kScale, i), c.get(kShift, i));
+    V z = fma(d, c[kScale], c[kShift]);
     if (args.residual) z = z + load_lanes(args.residual + at, lanes, V(A(0)));
     g = gradient(args.epilogue, g, z);
   }
@@ -275,19 +360,21 @@ Sums plane_grad_sums(const GradArgs<T>& args_in) {
   using A = Accumulate<T>;
   const GradArgs<T> args = args_in;
   const Broadcast<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
-  return sum_all<A>(args.runs, [&](int64_t run, int64_t i, auto lanes)
-                                   __attribute__((always_inline)) { return gated<T, kKind>(args, c, run, i, lanes); });
+  return sum_all<A>(args.runs, [&](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+    return gated<T, kKind>(args, c, run, i, lanes);
+  });
 }
 
 template <class T, Backward kKind>
-void row_grad_sums(const GradArgs<T>& args_in, Accumulate<T>* sums, Accumulate<T>* products) {
+void row_grad_sums(const GradArgs<T>& args_in, double* sums, double* products) {
   using A = Accumulate<T>;
   const GradArgs<T> args = args_in;
   const PerColumn<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
   sum_columns<A>(
-      args.runs,
-      [&](int64_t run, int64_t i, auto lanes)
-          __attribute__((always_inline)) { return gated<T, kKind>(args, c, run, i, lanes); },
+      args.runs, args.runs.length * sizeof(T),
+      [&](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+        return gated<T, kKind>(args, c.at(i), run, i, lanes);
+      },
       sums, products);
 }
 
@@ -296,23 +383,28 @@ void grad_apply(const GradArgs<T>& args_in) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const GradArgs<T> args = args_in;
-  const Coefficients<kLayout, A, kBackwardCoefficients> c(args.coefficients, args.coefficient_stride);
-  const int64_t ahead = args.prefetch;
-  for (int64_t run = 0; run < args.runs.count; ++run) {
-    const int64_t offset = run * args.runs.stride;
-    for_each_vector<A>(args.runs.length, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      if (ahead) {
-        __builtin_prefetch(args.x + offset + i + ahead, 0, 2);
-        __builtin_prefetch(args.grad_y + offset + i + ahead, 0, 2);
-      }
-      const Pair<A> t = gated<T, kKind>(args, c, run, i, lanes);
-      if (args.grad_residual) store_lanes<kStream>(args.grad_residual + offset + i, t.u, lanes);
-      if (args.grad_x) {
-        const V centred = fma(t.v, c.get(kSlope, i), c.get(kOffset, i));
-        store_lanes<kStream>(args.grad_x + offset + i, fma(t.u, c.get(kScale, i), centred), lanes);
+  const Coefficients<kLayout, A, kBackwardCoefficients> coefficients(args.coefficients, args.coefficient_stride);
+  for_each_group<kTogether<T, kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
+    for_each_vector<A>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+      const auto from = coefficients.at(i);
+      V c[kBackwardCoefficients];
+      for (int k = 0; k < kBackwardCoefficients; ++k) c[k] = from[k];
+#pragma GCC unroll 4
+      for (int r = 0; r < decltype(count)::value; ++r) {
+        const int64_t at = (run + r) * args.runs.stride + i;
+        if (args.prefetch) {
+          __builtin_prefetch(args.x + at + args.prefetch, 0, 2);
+          __builtin_prefetch(args.grad_y + at + args.prefetch, 0, 2);
+        }
+        const Pair<A> t = gated<T, kKind>(args, c, run + r, i, lanes);
+        if (args.grad_residual) store_lanes<kStream>(args.grad_residual + at, t.u, args.store_ahead, lanes);
+        if (args.grad_x) {
+          const V grad_x = fma(t.u, c[kScale], fma(t.v, c[kSlope], c[kOffset]));
+          store_lanes<kStream>(args.grad_x + at, grad_x, args.store_ahead, lanes);
+        }
       }
     });
-  }
+  });
   if constexpr (kStream) stream_fence();
 }
 
@@ -324,6 +416,8 @@ constexpr Leaves<T> make_leaves() {
   return {
       plane_moments<T>,
       row_moments<T>,
+      all_trusted<Accumulate<T>>,
+      merge_columns<Accumulate<T>>,
       {plane_grad_sums<T, B::kIdentity>, plane_grad_sums<T, B::kReLU>, plane_grad_sums<T, B::kMaskedReLU>,
        plane_grad_sums<T, B::kOther>},
       {row_grad_sums<T, B::kIdentity>, row_grad_sums<T, B::kReLU>, row_grad_sums<T, B::kMaskedReLU>,

@@ -10,7 +10,6 @@
 #include <c10/util/Half.h>
 
 #include <cmath>
-#include <limits>
 
 #include "cpu/driver.h"
 
@@ -29,16 +28,15 @@ struct Moments {
   }
 };
 
-constexpr double kTrusted = 2;
 // Each round shrinks the distance to the block's mean by the precision of A; more never helps.
 constexpr int kRounds = 4;
 
 // Sums whose squares left the range of A, upwards or downwards, say nothing about the values.
 template <class A>
 bool in_range(const Sums& sums) {
-  constexpr double kLow = std::numeric_limits<A>::min() * 1e8, kHigh = std::numeric_limits<A>::max() * 1e-1;
   if (std::isnan(sums.first)) return true;  // so are the values
-  return sums.second <= kHigh && (sums.second >= kLow || (sums.first == 0 && sums.second == 0));
+  return sums.second <= kHighestSquares<A> &&
+         (sums.second >= kLowestSquares<A> || (sums.first == 0 && sums.second == 0));
 }
 
 inline bool trusted(const Sums& sums, double count) {
@@ -105,17 +103,27 @@ class ColumnMoments {
 
  public:
   explicit ColumnMoments(int64_t columns)
-      : columns_(columns),
-        shift_(scratch<A>(columns)),
-        sums_(scratch<A>(columns)),
-        squares_(scratch<A>(columns)),
-        moments_(new Moments[columns]) {}
+      : shift_(scratch<A>(columns)),
+        sums_(scratch<double>(columns)),
+        squares_(scratch<double>(columns)),
+        mean_(scratch<double>(columns)),
+        m2_(scratch<double>(columns)) {
+    std::fill_n(mean_.get(), columns + kMaxLanes, 0.0);
+    std::fill_n(m2_.get(), columns + kMaxLanes, 0.0);
+  }
 
-  const Moments& operator[](int64_t column) const { return moments_[column]; }
+  // All columns have `rows_` values, and the first `tail_` of them one more.
+  Moments operator[](int64_t column) const {
+    return {double(rows_ + (column < tail_)), mean_[column], m2_[column]};
+  }
 
+  // Full rows first; a short one comes last and alone.
   void add(const Leaves<T>& leaf, const T* x, Runs runs) {
+    const bool is_tail = runs.length < runs.stride;
     for (int64_t row = 0; row < runs.count; row += kBlockRows) {
-      add_block(leaf, x + row * runs.stride, Runs{std::min(kBlockRows, runs.count - row), runs.length, runs.stride, 0});
+      const Runs block{std::min(kBlockRows, runs.count - row), runs.length, runs.stride, 0};
+      add_block(leaf, x + row * runs.stride, block);
+      is_tail ? tail_ = runs.length : rows_ += block.count;
     }
   }
 
@@ -123,29 +131,37 @@ class ColumnMoments {
   void add_block(const Leaves<T>& leaf, const T* x, Runs runs) {
     const int64_t width = runs.length;
     const double count = double(runs.count);
-    for (int64_t i = 0; i < width; ++i) shift_[i] = static_cast<A>(moments_[i].mean);
-    for (int round = 0; round < kRounds; ++round) {
-      leaf.row_moments(x, runs, shift_.get(), sums_.get(), squares_.get());
-      bool again = false;
-      for (int64_t i = 0; i < width; ++i) again |= !trusted(sums_of(i), count);
-      if (!again || round + 1 == kRounds) break;
-      for (int64_t i = 0; i < width; ++i) {
-        const Sums sums = sums_of(i);
-        if (in_range<A>(sums) && !trusted(sums, count)) shift_[i] = static_cast<A>(shift_[i] + sums.first / count);
+    for (int64_t i = 0; i < width; ++i) shift_[i] = static_cast<A>(mean_[i]);
+    leaf.row_moments(x, runs, shift_.get(), sums_.get(), squares_.get());
+    if (!leaf.all_trusted(sums_.get(), squares_.get(), count, width)) mend(leaf, x, runs);
+    leaf.merge_columns(shift_.get(), sums_.get(), squares_.get(), count, double(rows_), mean_.get(), m2_.get(), width);
+  }
+
+  // Sums again around better shifts, and in float64 what still has no digits.
+  void mend(const Leaves<T>& leaf, const T* x, Runs runs) {
+    const double count = double(runs.count);
+    bool again = true;
+    for (int round = 1; again && round < kRounds; ++round) {
+      again = false;
+      for (int64_t i = 0; i < runs.length; ++i) {
+        const Sums sums{sums_[i], squares_[i]};
+        if (!in_range<A>(sums) || trusted(sums, count)) continue;
+        shift_[i] = static_cast<A>(shift_[i] + sums.first / count);
+        again = true;
       }
+      if (again) leaf.row_moments(x, runs, shift_.get(), sums_.get(), squares_.get());
     }
-    for (int64_t i = 0; i < width; ++i) {
-      const Sums sums = sums_of(i);
-      moments_[i].merge(in_range<A>(sums) ? around(shift_[i], sums, count)
-                                          : wide_moments(x + i, Runs{runs.count, 1, runs.stride, 0}));
+    for (int64_t i = 0; i < runs.length; ++i) {
+      if (in_range<A>({sums_[i], squares_[i]})) continue;
+      const Moments wide = wide_moments(x + i, Runs{runs.count, 1, runs.stride, 0});
+      sums_[i] = (wide.mean - shift_[i]) * count;
+      squares_[i] = wide.m2 + sums_[i] * (wide.mean - shift_[i]);
     }
   }
 
-  Sums sums_of(int64_t i) const { return {sums_[i], squares_[i]}; }
-
-  int64_t columns_;
-  std::unique_ptr<A[]> shift_, sums_, squares_;
-  std::unique_ptr<Moments[]> moments_;
+  int64_t rows_ = 0, tail_ = 0;
+  std::unique_ptr<A[]> shift_;
+  std::unique_ptr<double[]> sums_, squares_, mean_, m2_;
 };
 
 }  // namespace bnfused::cpu

@@ -6,6 +6,7 @@
 // and streaming access, half precision.
 
 #define BNFUSED_INLINE inline __attribute__((always_inline))
+#define BNFUSED_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class A>
 constexpr int kLanes = 8;
@@ -96,13 +97,40 @@ BNFUSED_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
   return a.v * b.v + c.v;
 }
 
-// Sum of the lanes in float64.
+// The lanes of a Vec<A> in float64.
 template <class A>
-BNFUSED_INLINE double sum_lanes(Vec<A> a) {
-  double sum = 0;
-  for (int i = 0; i < Vec<A>::kSize; ++i) sum += double(a.v[i]);
-  return sum;
-}
+struct Wide {
+  static constexpr int kParts = kLanes<A> / 8;
+  Vec<double> parts[kParts];
+
+  BNFUSED_INLINE Wide() {
+    for (int i = 0; i < kParts; ++i) parts[i] = Vec<double>(0.0);
+  }
+  BNFUSED_INLINE explicit Wide(Vec<A> a) {
+    if constexpr (std::is_same_v<A, double>) {
+      parts[0] = a;
+#if defined(BNFUSED_AVX512)
+    } else {
+      parts[0] = Vec<double>(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+      parts[1] = Vec<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+    }
+#else
+    } else {
+      parts[0] = Vec<double>(__builtin_convertvector(a.v, typename Vec<double>::Native));
+    }
+#endif
+  }
+  BNFUSED_INLINE void operator+=(const Wide& other) {
+    for (int i = 0; i < kParts; ++i) parts[i] = parts[i] + other.parts[i];
+  }
+  BNFUSED_INLINE double sum() const {
+    double all = 0;
+    for (int i = 0; i < kParts; ++i) {
+      for (int lane = 0; lane < 8; ++lane) all += parts[i].v[lane];
+    }
+    return all;
+  }
+};
 
 template <class A>
 BNFUSED_INLINE typename Vec<A>::Bits first_lanes(int n) {
@@ -181,6 +209,17 @@ BNFUSED_INLINE void store(T* p, Vec<Accumulate<T>> a) {
   }
 }
 
+// A load that stays a load of its own. gcc folds `mask ? load : 0` into a masked load, which cannot start before the
+// mask is known; where the mask comes from another load, two streams from memory then wait for one another (measured:
+// the sums of a gated gradient at 24 instead of 60 GB/s).
+template <class A>
+BNFUSED_INLINE Vec<A> unfolded(Vec<A> a) {
+#if defined(BNFUSED_AVX512)
+  asm("" : "+v"(a.v));
+#endif
+  return a;
+}
+
 // The first n lanes from memory, the others from `fill`.
 template <class T>
 BNFUSED_INLINE Vec<Accumulate<T>> load_first(const T* p, int n, Vec<Accumulate<T>> fill) {
@@ -216,6 +255,17 @@ BNFUSED_INLINE void store_first(T* p, Vec<Accumulate<T>> a, int n) {
   store(buffer, a);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 #endif
+}
+
+template <class A>
+BNFUSED_INLINE Wide<A> load_wide(const double* p) {
+  Wide<A> w;
+  for (int i = 0; i < Wide<A>::kParts; ++i) w.parts[i] = load(p + 8 * i);
+  return w;
+}
+template <class A>
+BNFUSED_INLINE void store_wide(double* p, const Wide<A>& w) {
+  for (int i = 0; i < Wide<A>::kParts; ++i) store(p + 8 * i, w.parts[i]);
 }
 
 // Past the caches; p is aligned to the bytes of a.

@@ -186,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
   const at::Tensor x = dense(x_in);
   const Problem p = problem_of(x);
   TORCH_CHECK_VALUE(p.rows() != 1 || p.channels == 0,
-                    "Expected more than 1 value per channel when training, got input size ", x.sizes());
+                    "Expected more than 1 value per channel when training, got input size torch.Size(", x.sizes(), ")");
   const OptionalTensor residual = in_order_of(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
   const at::Tensor y = Backend::empty_like(x);
