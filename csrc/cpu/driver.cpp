@@ -6,8 +6,7 @@
 
 namespace bnfused::cpu {
 
-double read(const PerChannel& values, int64_t channel, double if_absent) {
-  if (!values) return if_absent;
+double read_other(const PerChannel& values, int64_t channel) {
   switch (values.dtype) {
     case DType::kFloat16:
       return static_cast<const c10::Half*>(values.data)[channel];
@@ -16,9 +15,9 @@ double read(const PerChannel& values, int64_t channel, double if_absent) {
     case DType::kFloat32:
       return static_cast<const float*>(values.data)[channel];
     case DType::kFloat64:
-      return static_cast<const double*>(values.data)[channel];
+      break;
   }
-  return if_absent;
+  return static_cast<const double*>(values.data)[channel];
 }
 
 void write(const PerChannel& values, int64_t channel, double value) {

@@ -10,6 +10,21 @@ BNFUSED_INLINE void for_each_vector(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// The same where doing a value twice does no harm: what is left over becomes a whole vector that ends at n. Not for
+// streaming, which wants alignment, nor for masks, whose bits start on bytes.
+template <class A, bool kMayOverlap, class Body>
+BNFUSED_INLINE void map_vectors(int64_t n, Body body) {
+  constexpr int W = Vec<A>::kSize;
+  if (!kMayOverlap || n < W) {
+    for_each_vector<A>(n, body);
+    return;
+  }
+  constexpr std::integral_constant<int, W> full{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) body(i, full);
+  if (i < n) body(n - W, full);
+}
+
 // A vector at p: all of it, or its first lanes. `lanes` is a constant in the first case, so that it costs nothing.
 template <class T>
 BNFUSED_INLINE Vec<Accumulate<T>> load_lanes(const T* p, std::integral_constant<int, kLanes<Accumulate<T>>>,
@@ -104,8 +119,9 @@ void apply(const ApplyArgs<T>& args_in) {
   for_each_group<kTogether<T, kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
     const Coefficients<kLayout, A, kForwardCoefficients> coefficients(args.coefficients + run * args.coefficient_step,
                                                                       args.coefficient_stride);
-    for_each_vector<A>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
-      const auto c = coefficients.at(i);
+    constexpr bool kMayOverlap = !kStream && kKind != Forward::kReLU;
+    map_vectors<A, kMayOverlap>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+      const auto& c = coefficients.at(i);
       const V mean = c[kMean], scale = c[kScale], shift = c[kShift];
 #pragma GCC unroll 4
       for (int r = 0; r < decltype(count)::value; ++r) {
@@ -311,8 +327,8 @@ bool all_trusted(const double* sums, const double* squares, double count, int64_
 }
 
 template <class A>
-void merge_columns(const A* shift, const double* sums, const double* squares, double count, double before,
-                   double* mean, double* m2, int64_t columns) {
+void merge_columns(const A* shift, const double* sums, const double* squares, double count, double before, double* mean,
+                   double* m2, int64_t columns) {
   using V = Vec<double>;
   const double share = count / (before + count);
   const V inverse(1 / count), of_mean(share), of_square(before * share), zero(0.0);
@@ -360,9 +376,8 @@ Sums plane_grad_sums(const GradArgs<T>& args_in) {
   using A = Accumulate<T>;
   const GradArgs<T> args = args_in;
   const Broadcast<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
-  return sum_all<A>(args.runs, [&](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
-    return gated<T, kKind>(args, c, run, i, lanes);
-  });
+  return sum_all<A>(args.runs, [&](int64_t run, int64_t i, auto lanes)
+                                   BNFUSED_INLINE_LAMBDA { return gated<T, kKind>(args, c, run, i, lanes); });
 }
 
 template <class T, Backward kKind>
@@ -372,9 +387,8 @@ void row_grad_sums(const GradArgs<T>& args_in, double* sums, double* products) {
   const PerColumn<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
   sum_columns<A>(
       args.runs, args.runs.length * sizeof(T),
-      [&](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
-        return gated<T, kKind>(args, c.at(i), run, i, lanes);
-      },
+      [&](int64_t run, int64_t i, auto lanes)
+          BNFUSED_INLINE_LAMBDA { return gated<T, kKind>(args, c.at(i), run, i, lanes); },
       sums, products);
 }
 
@@ -385,8 +399,9 @@ void grad_apply(const GradArgs<T>& args_in) {
   const GradArgs<T> args = args_in;
   const Coefficients<kLayout, A, kBackwardCoefficients> coefficients(args.coefficients, args.coefficient_stride);
   for_each_group<kTogether<T, kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
-    for_each_vector<A>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
-      const auto from = coefficients.at(i);
+    constexpr bool kMayOverlap = !kStream && kKind != Backward::kMaskedReLU;
+    map_vectors<A, kMayOverlap>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+      const auto& from = coefficients.at(i);
       V c[kBackwardCoefficients];
       for (int k = 0; k < kBackwardCoefficients; ++k) c[k] = from[k];
 #pragma GCC unroll 4

@@ -113,9 +113,7 @@ class ColumnMoments {
   }
 
   // All columns have `rows_` values, and the first `tail_` of them one more.
-  Moments operator[](int64_t column) const {
-    return {double(rows_ + (column < tail_)), mean_[column], m2_[column]};
-  }
+  Moments operator[](int64_t column) const { return {double(rows_ + (column < tail_)), mean_[column], m2_[column]}; }
 
   // Full rows first; a short one comes last and alone.
   void add(const Leaves<T>& leaf, const T* x, Runs runs) {

@@ -36,6 +36,13 @@ struct Vec {
   Native v;
 
   Vec() = default;
+  // Not the implicit copy: gcc 12 copies a trivial aggregate in pieces of 16 bytes, through memory, and the wide reload
+  // behind it stalls (measured: the AVX2 leaves up to 10 times slower).
+  BNFUSED_INLINE Vec(const Vec& other) : v(other.v) {}
+  BNFUSED_INLINE Vec& operator=(const Vec& other) {
+    v = other.v;
+    return *this;
+  }
   BNFUSED_INLINE Vec(Native n) : v(n) {}
   BNFUSED_INLINE Vec(A a) : v(Native{} + a) {}
 };
@@ -124,11 +131,10 @@ struct Wide {
     for (int i = 0; i < kParts; ++i) parts[i] = parts[i] + other.parts[i];
   }
   BNFUSED_INLINE double sum() const {
-    double all = 0;
-    for (int i = 0; i < kParts; ++i) {
-      for (int lane = 0; lane < 8; ++lane) all += parts[i].v[lane];
-    }
-    return all;
+    Vec<double> all = parts[0];
+    for (int i = 1; i < kParts; ++i) all = all + parts[i];
+    const auto& v = all.v;  // pairwise: eight additions in a row would be most of the time of a 7 x 7 plane
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }
 };
 
@@ -175,17 +181,17 @@ BNFUSED_INLINE Half16 narrow(Float16, Vec<float> a) {
   return (Half16)_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-// Calls: inlined, the bit arithmetic of eight lanes would triple the size of the baseline.
-__attribute__((noinline)) Vec<float> widen(Float16, Half16 bits) {
-  Vec<float> a;
-  for (int i = 0; i < kLanes<float>; ++i) a.v[i] = c10::detail::fp16_ieee_to_fp32_value(bits[i]);
-  return a;
-}
-__attribute__((noinline)) Half16 narrow(Float16, Vec<float> a) {
-  Half16 bits;
-  for (int i = 0; i < kLanes<float>; ++i) bits[i] = c10::detail::fp16_ieee_from_fp32_value(a.v[i]);
-  return bits;
-}
+  // Calls: inlined, the bit arithmetic of eight lanes would triple the size of the baseline.
+  __attribute__((noinline)) Vec<float> widen(Float16, Half16 bits) {
+    Vec<float> a;
+    for (int i = 0; i < kLanes<float>; ++i) a.v[i] = c10::detail::fp16_ieee_to_fp32_value(bits[i]);
+    return a;
+  }
+  __attribute__((noinline)) Half16 narrow(Float16, Vec<float> a) {
+    Half16 bits;
+    for (int i = 0; i < kLanes<float>; ++i) bits[i] = c10::detail::fp16_ieee_from_fp32_value(a.v[i]);
+    return bits;
+  }
 #endif
 
 template <class T>
@@ -234,6 +240,12 @@ BNFUSED_INLINE Vec<Accumulate<T>> load_first(const T* p, int n, Vec<Accumulate<T
     return Vec<A>(_mm512_mask_loadu_pd(fill.v, __mmask8((1u << n) - 1), p));
   }
 #else
+#if defined(BNFUSED_AVX2)
+  if constexpr (std::is_same_v<T, float>) {
+    const auto first = first_lanes<A>(n);
+    return select<A>(first, Vec<A>(_mm256_maskload_ps(p, (__m256i)first)), fill);
+  }
+#endif
   T buffer[kLanes<A>] = {};
   for (int i = 0; i < n; ++i) buffer[i] = p[i];
   return select<A>(first_lanes<A>(n), load(buffer), fill);
@@ -286,7 +298,7 @@ BNFUSED_INLINE void stream(T* p, Vec<Accumulate<T>> a) {
     store(p, a);
   }
 #else
-  store(p, a);
+    store(p, a);
 #endif
 }
 
