@@ -188,9 +188,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
             if training:
                 mean, var = reference.statistics(values)
                 invstd = (var + eps).rsqrt()
-            y = reference.transform(values, mean, invstd, weight, bias, residual, activation, activation_param).to(
-                x.dtype
-            )
+            y = reference.transform(values, mean, invstd, weight, bias, residual, activation, activation_param, x.dtype)
             pairs = [
                 (source, upstream)
                 for source, upstream, wanted in zip(

@@ -40,11 +40,11 @@ def _saved(x: Tensor, residual: Tensor | None, activation: int) -> tuple[Tensor,
     return mean, invstd, mask
 
 
-def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
     """One meta tensor among others brings the call here: without this it would return no values and no error."""
-    for other in others:
+    for name, other in others.items():
         if other is not None and other.device != x.device:
-            raise RuntimeError(f"bnfused: expected all tensors on {x.device}, got {other.device}")
+            raise RuntimeError(f"bnfused::{op}: expected {name} on {x.device}, got {other.device}")
 
 
 def _train(
@@ -60,7 +60,16 @@ def _train(
     activation: int,
     activation_param: float,
 ) -> tuple[Tensor, ...]:
-    _check_devices(x, weight, bias, running_mean, running_var, num_batches_tracked, residual)
+    _check_devices(
+        "batch_norm_train",
+        x,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+        residual=residual,
+    )
     return torch.empty_like(x), *_saved(x, residual, activation)
 
 
@@ -75,7 +84,15 @@ def _frozen(
     activation: int,
     activation_param: float,
 ) -> tuple[Tensor, ...]:
-    _check_devices(x, weight, bias, running_mean, running_var, residual)
+    _check_devices(
+        "batch_norm_frozen",
+        x,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        residual=residual,
+    )
     return torch.empty_like(x), *_saved(x, residual, activation)
 
 
@@ -88,7 +105,15 @@ def _eval(
     residual: Tensor | None,
     *_: Any,
 ) -> Tensor:
-    _check_devices(x, weight, bias, running_mean, running_var, residual)
+    _check_devices(
+        "batch_norm_eval",
+        x,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        residual=residual,
+    )
     return torch.empty_like(x)
 
 
@@ -106,7 +131,17 @@ def _backward(
     training: bool,
     output_mask: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    _check_devices(x, grad_y, weight, bias, residual, mean, invstd, mask)
+    _check_devices(
+        "batch_norm_backward",
+        x,
+        grad_y=grad_y,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        mean=mean,
+        invstd=invstd,
+        mask=mask,
+    )
     need_x, need_weight, need_bias, need_residual = output_mask
     absent = x.new_empty(0)
     # A gradient of float32 where there is no parameter to take the dtype from.

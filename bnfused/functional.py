@@ -78,10 +78,7 @@ def batch_norm(
             activation_param=activation_param,
             num_batches_tracked=num_batches_tracked,
         )
-    if not isinstance(input, Tensor):
-        raise TypeError(f"batch_norm: expected input to be a Tensor, got {type(input).__name__}")
-    if input.layout is not torch.strided:
-        raise RuntimeError(f"batch_norm: expected input to be a dense (strided) tensor, got {input.layout}")
+    reference.check_input(input)
     code, param = activations.resolve(activation, activation_param)
     reference.check_values(input, training, eps)
     if training:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bnfused import activations
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def batch_norm(
     input: Tensor,
@@ -30,18 +32,19 @@ def batch_norm(
 ) -> Tensor:
     """What ``bnfused.functional.batch_norm`` computes; see there for arguments, errors and meaning."""
     code, param = activations.resolve(activation, activation_param)
+    check_input(input)
     check_values(input, training, eps)
-    check(input, weight, bias, running_mean, running_var, residual, training)
+    check_arguments(input, weight, bias, running_mean, running_var, residual, num_batches_tracked, training)
     values = input.to(arithmetic_dtype(input))
     if training:
         mean, var = statistics(values)
         rows = rows_of(input)
         update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, rows)
     else:
-        assert running_mean is not None and running_var is not None  # check() saw to it
+        assert running_mean is not None and running_var is not None  # check_arguments saw to it
         mean, var = running_mean.to(values.dtype), running_var.to(values.dtype)
     invstd = (var + eps).rsqrt()
-    return transform(values, mean, invstd, weight, bias, residual, code, param).to(input.dtype)
+    return transform(values, mean, invstd, weight, bias, residual, code, param, input.dtype)
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -79,8 +82,9 @@ def transform(
     residual: Tensor | None,
     activation: int,
     activation_param: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """``act((values - mean) * invstd * weight + bias + residual)`` in the dtype of ``values``."""
+    """``act((values - mean) * invstd * weight + bias + residual)``, rounded to ``dtype`` once."""
     z = (values - _per_channel(mean, values)) * _per_channel(invstd, values)
     if weight is not None:
         z = z * _per_channel(weight.to(values.dtype), values)
@@ -88,7 +92,9 @@ def transform(
         z = z + _per_channel(bias.to(values.dtype), values)
     if residual is not None:
         z = z + residual
-    return activations.apply(activation, activation_param, z)
+    if activation == activations.RELU_CODE:
+        z = z.to(dtype)  # the same y, and a gradient exactly where y is positive, also where z rounds to zero
+    return activations.apply(activation, activation_param, z).to(dtype)
 
 
 @torch.no_grad()
@@ -112,7 +118,7 @@ def update_running(
         return
     factor: float | Tensor = 0.0 if momentum is None else momentum
     if momentum is None and num_batches_tracked is not None:
-        factor = 1 / num_batches_tracked
+        factor = num_batches_tracked.to(mean.dtype).reciprocal()
     if running_mean is not None:
         running_mean.copy_((1 - factor) * running_mean.to(mean.dtype) + factor * mean)
     if running_var is not None:
@@ -137,44 +143,66 @@ def check_values(x: Tensor, training: bool, eps: float) -> None:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 
 
-def check(
+def check_input(x: Tensor) -> None:
+    """Refuse what is no dense tensor of at least two dimensions and a dtype that batch norm knows.
+
+    Raises:
+        TypeError: not a tensor.
+        RuntimeError: sparse, of too few dimensions, or of another dtype.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"batch_norm: expected input to be a Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise RuntimeError(f"batch_norm: expected input to be a dense (strided) tensor, got {x.layout}")
+    if x.dim() < 2:
+        raise RuntimeError(f"batch_norm: expected input of shape [N, C, ...], got {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise RuntimeError(f"batch_norm: expected input of float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_arguments(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
     training: bool,
 ) -> None:
-    """Refuse what plain torch would broadcast or cast in silence.
+    """Refuse what plain torch would broadcast or cast in silence; csrc/ops/ops.h does the same for the kernels.
 
     Raises:
-        RuntimeError: a rank, dtype or shape that does not fit ``x``, or running statistics that are missing in eval.
+        TypeError: an argument that is neither a tensor nor None.
+        RuntimeError: a shape, dtype or device that does not fit ``x``, or running statistics that are missing in eval.
     """
-    if x.dim() < 2:
-        raise RuntimeError(f"batch_norm: expected x of shape [N, C, ...], got {list(x.shape)}")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise RuntimeError(f"batch_norm: expected x of float16, bfloat16, float32 or float64, got {x.dtype}")
-    per_channel = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
+    statistics = [x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32]
+    wanted = {
+        "weight": (weight, (x.shape[1],), statistics),
+        "bias": (bias, (x.shape[1],), statistics),
+        "running_mean": (running_mean, (x.shape[1],), statistics),
+        "running_var": (running_var, (x.shape[1],), statistics),
+        "residual": (residual, x.shape, [x.dtype]),
     }
-    allowed = [x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32]
-    for name, tensor in per_channel.items():
+    for name, (tensor, shape, dtypes) in wanted.items():
         if tensor is None:
             if not training and name.startswith("running"):
                 raise RuntimeError(f"batch_norm: expected {name} when not training, got None")
             continue
-        if tensor.shape != (x.shape[1],):
-            raise RuntimeError(f"batch_norm: expected {name} of shape [{x.shape[1]}], got {list(tensor.shape)}")
-        if tensor.dtype not in allowed:
-            raise RuntimeError(f"batch_norm: expected {name} of {' or '.join(map(str, allowed))}, got {tensor.dtype}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"batch_norm: expected {name} to be a Tensor or None, got {type(tensor).__name__}")
+        if tensor.shape != shape:
+            raise RuntimeError(f"batch_norm: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype not in dtypes:
+            allowed = " or ".join(map(str, dtypes))
+            raise RuntimeError(f"batch_norm: expected {name} of {allowed}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise RuntimeError(f"batch_norm: expected {name} on {x.device}, got {tensor.device}")
+    count = num_batches_tracked
+    if count is not None and (count.dtype != torch.int64 or count.numel() != 1 or count.device != x.device):
         raise RuntimeError(
-            f"batch_norm: expected residual of shape {list(x.shape)} and {x.dtype}, "
-            f"got {list(residual.shape)} and {residual.dtype}"
+            f"batch_norm: expected num_batches_tracked to be one int64 on {x.device}, "
+            f"got {list(count.shape)} of {count.dtype} on {count.device}"
         )
 
 

@@ -152,8 +152,9 @@ struct Pair {
   Vec<A> u, v;
 };
 
-// Values that a lane adds up in A before its sum moves to float64.
-constexpr int kLaneValues = 8;
+// Values that a lane adds up in A before its sum moves to float64. With eight, grad_weight was two units in the last
+// place off where torch's float64 sums were one.
+constexpr int kLaneValues = 4;
 
 template <class A, class Term>
 BNFUSED_INLINE Sums sum_all(Runs runs, Term term) {
@@ -166,8 +167,10 @@ BNFUSED_INLINE Sums sum_all(Runs runs, Term term) {
     for (int k = 0; k < kChains; ++k) first[k] = second[k] = V(A(0));
   };
   const auto flush = [&]() BNFUSED_INLINE_LAMBDA {
-    all_first += Wide<A>((first[0] + first[1]) + (first[2] + first[3]));
-    all_second += Wide<A>((second[0] + second[1]) + (second[2] + second[3]));
+    for (int k = 0; k < kChains; k += 2) {
+      all_first += Wide<A>(first[k] + first[k + 1]);
+      all_second += Wide<A>(second[k] + second[k + 1]);
+    }
     clear();
   };
   const auto add = [&](int k, Pair<A> t) BNFUSED_INLINE_LAMBDA {
@@ -258,20 +261,23 @@ BNFUSED_INLINE void sum_columns(Runs runs, int64_t row_bytes, Term term, double*
     if (column < width) sum_tile<1, A>(rows, column, term, sums, products);
     return;
   }
-  constexpr int kRows = kLaneValues;
+  constexpr int kChains = 2;
+  constexpr int kRows = kChains * kLaneValues;
   constexpr int64_t kPage = 4096;
   const int64_t groups = rows / kRows;
   const int64_t apart = row_bytes < kPage ? groups : 1;
   const auto sweep = [&](int64_t row, auto count) BNFUSED_INLINE_LAMBDA {
     for_each_vector<A>(width, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
-      V first[2] = {V(A(0)), V(A(0))}, second[2] = {V(A(0)), V(A(0))};
+      V first[kChains] = {V(A(0)), V(A(0))}, second[kChains] = {V(A(0)), V(A(0))};
 #pragma GCC unroll 8
       for (int r = 0; r < decltype(count)::value; ++r) {
         const Pair<A> t = term(row + r * apart, i, lanes);
-        first[r % 2] = first[r % 2] + t.u;
-        second[r % 2] = fma(t.u, t.v, second[r % 2]);
+        first[r % kChains] = first[r % kChains] + t.u;
+        second[r % kChains] = fma(t.u, t.v, second[r % kChains]);
       }
-      Wide<A> a(first[0] + first[1]), b(second[0] + second[1]);
+      Wide<A> a(first[0]), b(second[0]);
+      a += Wide<A>(first[1]);
+      b += Wide<A>(second[1]);
       if (row > 0) {
         a += load_wide<A>(sums + i);
         b += load_wide<A>(products + i);

@@ -45,7 +45,7 @@ class Checker {
                 ": expected x of float16, bfloat16, float32 or float64, got ", t);
   }
 
-  void per_channel(const OptionalTensor& t, const char* name, bool written = false) const {
+  void per_channel(const OptionalTensor& t, const char* name) const {
     if (!t) return;
     TORCH_CHECK(t->dim() == 1 && t->size(0) == x_.size(1), op_, ": expected ", name, " of shape [", x_.size(1),
                 "], got ", t->sizes());
@@ -54,8 +54,6 @@ class Checker {
                 " of ", x_.scalar_type(), " or ", accumulate, " beside x of ", x_.scalar_type(), ", got ",
                 t->scalar_type());
     device(*t, name);
-    TORCH_CHECK(!written || t->is_contiguous(), op_, ": expected ", name, " to be contiguous, got strides ",
-                t->strides());
   }
 
   void count(const OptionalTensor& t) const {
@@ -151,6 +149,11 @@ inline PerChannel read(const OptionalTensor& t) {
   return t ? PerChannel{const_cast<void*>(t->const_data_ptr()), dtype_of(*t)} : PerChannel{};
 }
 
+// Where `t` had to be copied to be contiguous, what was written to the copy goes back.
+inline void copy_back(const OptionalTensor& copy, const OptionalTensor& t) {
+  if (t && !copy->is_same(*t)) t->copy_(*copy);
+}
+
 struct Saved {
   at::Tensor mean, invstd, mask;
 };
@@ -168,15 +171,15 @@ inline bool wants_mask(const Epilogue& e, const OptionalTensor& residual) {
 template <class Backend>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
     const at::Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    const OptionalTensor& residual_in, std::optional<double> momentum, double eps, int64_t activation,
-    double activation_param) {
+    const OptionalTensor& running_mean_in, const OptionalTensor& running_var_in,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& residual_in, std::optional<double> momentum,
+    double eps, int64_t activation, double activation_param) {
   const char* op = "bnfused::batch_norm_train";
   const Checker check(op, x_in);
   check.per_channel(weight_in, "weight");
   check.per_channel(bias_in, "bias");
-  check.per_channel(running_mean, "running_mean", /*written=*/true);
-  check.per_channel(running_var, "running_var", /*written=*/true);
+  check.per_channel(running_mean_in, "running_mean");
+  check.per_channel(running_var_in, "running_var");
   check.count(num_batches_tracked);
   check.like_x(residual_in, "residual");
   const Epilogue epilogue = check.epilogue(activation, activation_param);
@@ -189,6 +192,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
                     "Expected more than 1 value per channel when training, got input size torch.Size(", x.sizes(), ")");
   const OptionalTensor residual = in_order_of(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
+  const OptionalTensor running_mean = contiguous(running_mean_in), running_var = contiguous(running_var_in);
   const at::Tensor y = Backend::empty_like(x);
   const Saved saved = allocate_saved(x, p, wants_mask(epilogue, residual));
 
@@ -210,6 +214,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
   args.cumulative = !momentum.has_value();
   args.epilogue = epilogue;
   Backend::batch_norm_train(args);
+  copy_back(running_mean, running_mean_in);
+  copy_back(running_var, running_var_in);
   return {y, saved.mean, saved.invstd, saved.mask};
 }
 

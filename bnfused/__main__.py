@@ -1,0 +1,72 @@
+"""``python -m bnfused``: what is installed here, what it was built with, and whether it computes the right thing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+
+import torch
+
+import bnfused
+
+SHAPE = (16, 32, 28, 28)
+# Float32 arithmetic around a float64 oracle, relative to the largest value: the bound of docs and tests.
+TOLERANCE = 5e-6
+
+
+def describe() -> list[tuple[str, str]]:
+    """What a bug report needs to say, as (name, value)."""
+    rows = [
+        ("bnfused", bnfused.__version__),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+        ("machine", f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} torch threads"),
+    ]
+    if torch.cuda.is_available():
+        rows += [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    if bnfused.is_available():
+        rows += [(f"built: {name}", str(value)) for name, value in bnfused.build_info().items()]
+    else:
+        rows.append(("extension", f"not loaded: {bnfused.why_unavailable()}"))
+    return rows
+
+
+def self_test() -> list[tuple[str, float]]:
+    """Largest relative error of a fused training step (residual, ReLU) against float64, for each layout."""
+    torch.manual_seed(0)
+    errors = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, residual, grad = (torch.randn(SHAPE).to(memory_format=layout) for _ in range(3))
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            module = bnfused.BatchNorm2d(SHAPE[1], dtype=dtype)
+            leaf = x.detach().to(dtype, copy=True).requires_grad_()
+            if dtype == torch.float32:
+                y = module(leaf, residual, "relu")
+            else:
+                y = torch.relu(torch.nn.BatchNorm2d.forward(module, leaf) + residual.double())
+            y.backward(grad.to(dtype))
+            assert leaf.grad is not None and module.running_var is not None
+            results.append((y.detach(), leaf.grad, module.running_var))
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
+        errors.append((str(layout).removeprefix("torch."), worst))
+    return errors
+
+
+def main() -> int:
+    for name, value in describe():
+        print(f"{name:22s} {value}")
+    backend = "cpu kernels" if bnfused.is_available() else "reference path"
+    start = time.perf_counter()
+    failed = False
+    for layout, error in self_test():
+        failed |= not error <= TOLERANCE
+        print(f"self-test {layout:18s} largest error {error:.1e} of {TOLERANCE:.0e} allowed ({backend})")
+    print(f"{'FAILED' if failed else 'ok'} in {time.perf_counter() - start:.2f} s")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
