@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from bnfused import _extension, activations, autograd, fake, reference
+from bnfused import _extension, activations, autograd, fake, ops, reference
 
 _available = _extension.is_available()
 if _available:
@@ -103,43 +103,20 @@ def batch_norm(
             activation_param=activation_param,
             num_batches_tracked=num_batches_tracked,
         )
-    # Under torch.compile the op is the node, and its gradient comes from the dispatcher.
-    if (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and torch._C._any_requires_grad(input, weight, bias, residual)
-    ):
-        return autograd.BatchNormFunction.apply(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            residual,
-            training,
-            momentum,
-            eps,
-            code,
-            param,
-        )
-    if training:
-        return torch.ops.bnfused.batch_norm_train.default(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            residual,
-            momentum,
-            eps,
-            code,
-            param,
-        )[0]
-    return torch.ops.bnfused.batch_norm_eval.default(
-        input, weight, bias, running_mean, running_var, residual, eps, code, param
-    )
+    state = (running_mean, running_var, num_batches_tracked)
+    if torch.compiler.is_compiling():  # the op is a node of the graph; its gradient comes from the dispatcher
+        if training:
+            train = torch.ops.bnfused.batch_norm_train.default
+            return train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]
+        evaluate = torch.ops.bnfused.batch_norm_eval.default
+        return evaluate(input, weight, bias, running_mean, running_var, residual, eps, code, param)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, residual):
+        settings = (training, momentum, eps, code, param)
+        return autograd.apply_unwrapped(input, weight, bias, residual, state, settings)
+    with torch._C._AutoDispatchBelowAutograd():
+        if training:
+            return ops.batch_norm_train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]
+        return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, residual, eps, code, param)
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -147,9 +124,13 @@ def _has_kernel(x: Tensor) -> bool:
     if not _available:
         _extension.warn_once(f"bnfused runs its slow reference path: {_extension.why_unavailable()}")
         return False
-    if x.device.type != "cpu" and x.device.type != "meta":
+    if not x.is_cpu and not x.is_meta:
         _extension.warn_once(
             f"bnfused has no kernels for {x.device.type} tensors in this build and runs its slow reference path"
         )
         return False
-    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or forward_ad._current_level >= 0
+    )

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from bnfused import functional
 
 
+def _get(module: Any, store: dict[str, Tensor | None], name: str) -> Any:
+    """``module.name``, looked up where it nearly always is; ``nn.Module.__getattr__`` takes three times as long.
+
+    A parametrized or deleted attribute is not there and takes the usual way.
+    """
+    return store[name] if name in store else getattr(module, name)
+
+
 class _FusedForward:
     """``forward`` of every batch norm here; mixed in before torch's class, whose state it uses."""
 
@@ -34,11 +42,12 @@ class _FusedForward:
         """
         self._check_input_dim(input)
         training = self.training
-        running_mean, running_var = self.running_mean, self.running_var
+        buffers, parameters = self._buffers, self._parameters
+        running_mean, running_var = _get(self, buffers, "running_mean"), _get(self, buffers, "running_var")
         count = None
         if training:
             if self.track_running_stats:
-                count = self.num_batches_tracked
+                count = _get(self, buffers, "num_batches_tracked")
             else:
                 running_mean = running_var = None
         else:
@@ -48,8 +57,8 @@ class _FusedForward:
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
+            _get(self, parameters, "weight"),
+            _get(self, parameters, "bias"),
             training,
             self.momentum,
             self.eps,

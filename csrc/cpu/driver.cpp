@@ -1,10 +1,40 @@
 // See driver.h.
 #include "cpu/driver.h"
 
+#include <ATen/Version.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <string>
+
 namespace bnfused::cpu {
+
+Capability capability() {
+  // Torch's own answer: the best that this machine has, or what ATEN_CPU_CAPABILITY allows.
+  static const Capability best = [] {
+#if defined(BNFUSED_X86_DISPATCH)
+    const std::string torchs = at::get_cpu_capability();
+    if (torchs == "AVX512" && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      return Capability::kAvx512;
+    }
+    if (torchs == "AVX512" || torchs == "AVX2") return Capability::kAvx2;
+#endif
+    return Capability::kBaseline;
+  }();
+  return best;
+}
+
+const char* capability_name() {
+  switch (capability()) {
+    case Capability::kAvx512:
+      return "AVX512";
+    case Capability::kAvx2:
+      return "AVX2";
+    case Capability::kBaseline:
+      break;
+  }
+  return "baseline";
+}
 
 double read_other(const PerChannel& values, int64_t channel) {
   switch (values.dtype) {

@@ -131,7 +131,7 @@ const Leaves<T>* leaves();
 
 enum class Capability { kBaseline, kAvx2, kAvx512 };
 
-// The best instruction set that this machine has and this build knows.
+// The best instruction set that this machine has and this build knows; ATEN_CPU_CAPABILITY lowers it, as torch's own.
 Capability capability();
 const char* capability_name();
 
