@@ -120,10 +120,7 @@ def _obstacle_to_cuda(
             f"{torch_cuda} toolkit, or set CUDA_HOME=<its folder> if it is installed"
         )
     if nvcc_version is None:
-        return (
-            f"the version of nvcc at {nvcc} could not be read. "
-            "Set CUDA_HOME=<folder of a working CUDA toolkit>"
-        )
+        return f"the version of nvcc at {nvcc} could not be read. Set CUDA_HOME=<folder of a working CUDA toolkit>"
     if _major(nvcc_version) != _major(torch_cuda):
         return (
             f"nvcc at {nvcc} is CUDA {nvcc_version}, torch is built for CUDA {torch_cuda}. "
@@ -137,9 +134,7 @@ def _major(version: str) -> str:
     return version.split(".")[0]
 
 
-def cuda_arch_list(
-    setting: str | None, visible: list[tuple[int, int]], torch_archs: list[str]
-) -> str:
+def cuda_arch_list(setting: str | None, visible: list[tuple[int, int]], torch_archs: list[str]) -> str:
     """The GPUs to build for, as TORCH_CUDA_ARCH_LIST writes them.
 
     Args:

@@ -131,6 +131,7 @@ def _has_kernel(x: Tensor) -> bool:
         return False
     return not (
         torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
         or forward_ad._current_level >= 0
+        # What outlived its transform; Dynamo cannot ask, and hands no such tensor on.
+        or (not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x))
     )

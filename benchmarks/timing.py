@@ -1,0 +1,234 @@
+"""How the benchmarks time: interleaved samples, paired ratios, a check that we had the cores."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+# A sample whose threads waited for a core for more than this part of its wall time is thrown away:
+# on a busy machine one parallel region can cost a whole scheduler slice, and that says nothing
+# about the code.
+MAX_WAITED = 0.01
+# Shorter functions are called several times per sample: the clocks and the check cost some
+# microseconds themselves.
+SHORTEST_SAMPLE = 0.5e-3
+TRIES = 3
+
+
+class Timed(NamedTuple):
+    """One measurement; ``clean`` is False where our threads had to wait for a core."""
+
+    seconds: float
+    clean: bool
+
+
+class Band(NamedTuple):
+    """Median with the quartiles around it."""
+
+    low: float
+    median: float
+    high: float
+
+
+def band(values: Sequence[float]) -> Band | None:
+    """Quartiles of ``values``; None of nothing."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return Band(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Band(low, median, high)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The mean for ratios: 2x and 0.5x cancel. All values must be positive."""
+    logs = [math.log(value) for value in values]
+    if not logs:
+        raise ValueError("geometric_mean: expected at least one value, got none")
+    return math.exp(sum(logs) / len(logs))
+
+
+def paired_ratios(numerator: Sequence[float | None], denominator: Sequence[float | None]) -> list[float]:
+    """Ratio per round, over the rounds where both samples count and are positive.
+
+    Both samples of a ratio come from the same round, so that slow drift of the machine cancels.
+    """
+    return [
+        above / below
+        for above, below in zip(numerator, denominator, strict=True)
+        if above is not None and below is not None and above > 0 and below > 0
+    ]
+
+
+def differences(whole: Sequence[float | None], part: Sequence[float | None]) -> list[float | None]:
+    """``whole - part`` per round; None where either sample does not count."""
+    return [None if a is None or b is None else a - b for a, b in zip(whole, part, strict=True)]
+
+
+class RunQueue:
+    """How long threads of this process were ready to run but had no core, as Linux counts it."""
+
+    def __init__(self) -> None:
+        self._files: list[int] = []
+        self.watch()
+
+    @property
+    def available(self) -> bool:
+        return bool(self._files)
+
+    def watch(self) -> None:
+        """List the threads anew; call after the ones to be measured have been started."""
+        self.close()
+        for path in Path("/proc/self/task").glob("*/schedstat"):
+            try:
+                self._files.append(os.open(path, os.O_RDONLY))
+            except OSError:
+                continue  # the thread has ended meanwhile
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+    def waited(self) -> float:
+        """Seconds on the run queue so far, over all threads; 0 where the system does not say."""
+        nanoseconds = 0
+        for file in self._files:
+            try:
+                nanoseconds += int(os.pread(file, 128, 0).split()[1])
+            except (OSError, IndexError):
+                continue
+        return nanoseconds * 1e-9
+
+
+class CpuClock:
+    """Times calls on the CPU.
+
+    On one thread it reads the CPU time of the calling thread (autograd runs CPU graphs there too),
+    which leaves out what other processes do; on several threads, wall time.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.now = time.thread_time if threads == 1 else time.perf_counter
+        self._queue = RunQueue()
+        self.unclean = 0
+
+    @property
+    def description(self) -> str:
+        what = "CPU time of the calling thread" if self.threads == 1 else "wall time"
+        if self._queue.available:
+            return f"{what}; samples that waited more than {MAX_WAITED:.0%} for a core are discarded"
+        return f"{what}; how long threads wait for a core is not known here: nothing is discarded"
+
+    def watch(self) -> None:
+        """Call when every thread that will work has started: after a warm-up."""
+        self._queue.watch()
+
+    def time(self, function: Callable[[], object], repeats: int = 1) -> Timed:
+        """Seconds per call, over ``repeats`` calls."""
+        calls = range(repeats)
+        waited = self._queue.waited()
+        wall = time.perf_counter()
+        begin = self.now()
+        for _ in calls:
+            function()
+        elapsed = self.now() - begin
+        wall = time.perf_counter() - wall
+        waited = self._queue.waited() - waited
+        clean = waited <= MAX_WAITED * wall
+        if not clean:
+            self.unclean += 1
+        return Timed(elapsed / repeats, clean)
+
+
+def make_clock(device: torch.device, threads: int) -> CpuClock:
+    """The clock for a device.
+
+    Raises:
+        NotImplementedError: any device but the CPU.
+    """
+    if device.type != "cpu":
+        raise NotImplementedError(f"no benchmark on {device.type} yet: bnfused has kernels for the CPU only")
+    return CpuClock(threads)
+
+
+@dataclass
+class Plan:
+    """How long to measure: ``rounds`` samples per function, fewer (but three) in ``seconds``."""
+
+    rounds: int
+    seconds: float = math.inf
+    seed: int = 0
+
+
+FEWEST_ROUNDS = 3
+
+
+def interleave(
+    functions: Mapping[Hashable, Callable[[], object]],
+    clock: CpuClock,
+    plan: Plan,
+    samples: dict[Hashable, list[float | None]],
+    on_round: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Time every function once per round, in an order reshuffled every round, into ``samples``.
+
+    The samples of an interrupted round are dropped, so that the lists stay paired and a caller who
+    catches KeyboardInterrupt keeps every whole round.
+
+    torch.utils.benchmark is not used because it times one statement to its end before the next:
+    what the machine did meanwhile would go into the ratio, and each function would find its own
+    data in the cache.
+    """
+    repeats = {name: _warm_up(function) for name, function in functions.items()}
+    clock.watch()
+    for name in functions:
+        samples[name] = []
+    shuffled = list(functions)
+    generator = random.Random(plan.seed)
+    begin = time.perf_counter()
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(plan.rounds):
+            if done >= FEWEST_ROUNDS and time.perf_counter() - begin > plan.seconds:
+                break
+            generator.shuffle(shuffled)
+            current = {name: _sample(functions[name], clock, repeats[name]) for name in shuffled}
+            for name, sample in current.items():
+                samples[name].append(sample)
+            on_round(done + 1)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _warm_up(function: Callable[[], object]) -> int:
+    """Start threads, fill caches; returns how many calls make a sample."""
+    function()
+    once = math.inf
+    for _ in range(2):
+        begin = time.perf_counter()
+        function()
+        once = min(once, time.perf_counter() - begin)
+    return max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
+
+
+def _sample(function: Callable[[], object], clock: CpuClock, repeats: int) -> float | None:
+    for _ in range(TRIES):
+        sample = clock.time(function, repeats)
+        if sample.clean:
+            return sample.seconds
+    return None

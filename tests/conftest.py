@@ -1,0 +1,122 @@
+"""The ``backend`` fixture, fresh but reproducible random data, and a report of what ran where."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnfused
+from bnfused import _extension
+
+BACKENDS = ("reference", "cpu")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run batch norm; ``batch_norm`` has the signature of ``bnfused.functional.batch_norm``."""
+
+    name: str
+    batch_norm: Callable[..., Tensor]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _backend(name: str) -> Backend:
+    if name == "reference":
+        return Backend(name, bnfused.reference.batch_norm)
+    require_extension()
+    return Backend(name, bnfused.functional.batch_norm)
+
+
+def require_extension() -> None:
+    """A kernel that was not built has not passed: fail, do not skip."""
+    if not bnfused.is_available():
+        pytest.fail(f"{bnfused.why_unavailable()}", pytrace=False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each implementation in turn."""
+    request.node.user_properties.append(("backend", request.param))
+    return _backend(request.param)
+
+
+@pytest.fixture
+def extension(request: pytest.FixtureRequest) -> None:
+    """For tests of the compiled ops themselves."""
+    request.node.user_properties.append(("backend", "cpu"))
+    require_extension()
+
+
+@pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The test with one thread and with two.
+
+    Every other test runs on one: nearly all tensors here are too small to be split, and on a busy machine two threads
+    wait for each other longer than they compute.
+    """
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=None,
+        help="seed of the random data; a fresh one in every run, printed in the header and by every failure",
+    )
+    parser.addoption("--large", action="store_true", help="also run the tests that need more than 2^31 elements")
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds torch for this test, from the seed of the run and the test's name; pytest shows the line of a failure."""
+    base = request.config.stash[_SEED]
+    own = zlib.crc32(f"{base} {request.node.nodeid}".encode())
+    torch.manual_seed(own)
+    print(f"random data: rerun with --seed {base}")
+    return own
+
+
+_SEED = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = config.getoption("--seed")
+    config.stash[_SEED] = random.SystemRandom().randrange(10**6) if given is None else given
+    torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    extension = "built" if bnfused.is_available() else f"MISSING: {bnfused.why_unavailable()}"
+    return [
+        f"bnfused {bnfused.__version__}: torch {torch.__version__}, 1 thread and in some tests 2, "
+        f"CPU capability {torch.backends.cpu.get_cpu_capability()}; backends {', '.join(BACKENDS)}; "
+        f"extension {extension}",
+        f"random data: --seed {config.stash[_SEED]}",
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts: dict[str, Counter[str]] = {name: Counter() for name in BACKENDS}
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            names = dict(getattr(report, "user_properties", ()))
+            if "backend" in names and report.when != "teardown":
+                counts[names["backend"]][outcome] += 1
+    terminalreporter.section("backends")
+    for name, outcomes in counts.items():
+        results = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items() if outcome)
+        terminalreporter.line(f"{name}: {results or 'NOT RUN'}")
+    if not bnfused.is_available():
+        terminalreporter.line(f"rebuild: {_extension.REBUILD}")

@@ -1,0 +1,197 @@
+"""Accuracy in the regimes where batch norms break, in every layout and at sizes that need more than one block.
+
+The bounds are those of cases.py: 5e-6 of the largest value in float32, and never worse than torch's own error.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import cases
+import checks
+import oracle
+
+SHAPES = {
+    "one block": ((4, 5, 7, 7), "contiguous"),
+    "nchw": ((6, 3, 40, 41), "contiguous"),
+    "nchw, planes of 49": ((33, 12, 7, 7), "contiguous"),
+    "channels_last": ((6, 16, 20, 21), "channels_last"),
+    "channels_last, 3 channels": ((6, 3, 40, 41), "channels_last"),
+    "channels_outermost": ((6, 4, 20, 21), "channels_outermost"),
+    "rows": ((1030, 33), "contiguous"),
+    "tall": ((20_000, 3), "contiguous"),
+    "ncdhw": ((2, 4, 5, 14, 15), "contiguous"),
+    "ncl, sliced": ((5, 4, 501), "holes_in_last"),
+}
+
+
+def numerics_problem(where, regime, **options):
+    shape, layout = SHAPES[where]
+    return cases.make(shape, layout=layout, regime=regime, zero_stats=True, momentum=0.3, **options)
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["bare", "affine"])
+@pytest.mark.parametrize("regime", cases.REGIMES)
+@pytest.mark.parametrize("where", SHAPES)
+def test_float32(backend, where, regime, affine):
+    """y, all gradients and the running statistics within 5e-6 in every regime."""
+    p = numerics_problem(where, regime, weight=affine, bias=affine)
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
+@pytest.mark.parametrize("regime", cases.REGIMES)
+@pytest.mark.parametrize("where", SHAPES)
+def test_float32_no_worse_than_torch(backend, where, regime):
+    """The same quantities are no further from float64 than torch's own float32 batch norm."""
+    checks.check_no_worse_than_torch(backend.batch_norm, lambda: numerics_problem(where, regime))
+
+
+@pytest.mark.parametrize("regime", cases.REGIMES)
+@pytest.mark.parametrize("where", ["nchw", "channels_last", "rows", "tall"])
+def test_float32_fused(backend, where, regime):
+    """The same with a residual and ReLU in the same pass."""
+    p = numerics_problem(where, regime, residual=True, activation="relu")
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
+@pytest.mark.parametrize("regime", cases.REGIMES)
+@pytest.mark.parametrize("where", ["nchw", "channels_last", "tall"])
+def test_float32_frozen(backend, where, regime):
+    """Statistics of the data handed in as running ones: x - running_mean cancels as x - mean does in training."""
+    p = numerics_problem(where, regime)
+    mean, var = oracle.statistics(p.x.double())
+    p = p.but(training=False, running_mean=mean.float(), running_var=var.float())
+    checks.check_against_oracle(backend.batch_norm, p)
+    checks.check_against_oracle(backend.batch_norm, p, needs=())
+
+
+@pytest.mark.parametrize("regime", ["standard", "mean_1e4_std_0.01", "outlier_first_at_1e4", "drift"])
+@pytest.mark.parametrize(
+    "shape, layout", [((3, 5, 90, 91), "contiguous"), ((6, 16, 28, 28), "channels_last"), ((20_000, 3), "contiguous")]
+)
+def test_threads_are_equally_accurate(backend, shape, layout, regime, threads):
+    """Splitting the channels or the rows over threads costs no accuracy."""
+    p = cases.make(shape, layout=layout, regime=regime, zero_stats=True, momentum=0.3)
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
+@pytest.mark.parametrize("regime", ["standard", "mean_1e4_std_0.01", "outlier_first", "drift"])
+@pytest.mark.parametrize("shape, layout", [((100_000, 8), "contiguous"), ((8, 4, 160, 161), "channels_last")])
+def test_many_rows(backend, shape, layout, regime):
+    """1e5 and 2e5 values per channel: errors that grow with the count show."""
+    p = cases.make(shape, layout=layout, regime=regime, zero_stats=True)
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
+def test_two_million_rows(backend):
+    """2e6 values per channel, channels innermost, where plain float32 sums are wrong by 1.5e-3."""
+    p = cases.make((8, 2, 500, 500), layout="channels_last", zero_stats=True)
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
+@pytest.mark.parametrize("regime", cases.REGIMES)
+@pytest.mark.parametrize("where", ["one block", "channels_last", "rows"])
+def test_float64(backend, where, regime):
+    """float64 is computed in float64, running statistics included."""
+    p = numerics_problem(where, regime, dtype=torch.float64)
+    checks.check_against_oracle(backend.batch_norm, p, hard=True)
+
+
+@pytest.mark.parametrize("parameters", ["float32", "of x"])
+@pytest.mark.parametrize("regime", cases.REGIMES_16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("where", ["nchw", "nchw, planes of 49", "channels_last", "rows", "ncl, sliced"])
+def test_16_bit(backend, where, dtype, regime, parameters):
+    """y and grad_x are the float32 result rounded once; statistics are as accurate as float32, or rounded once."""
+    if regime == "mean_1e4_std_100" and dtype == torch.float16 and parameters == "of x":
+        regime = "mean_100_std_10"  # the running variance of the other, 1e4 squared, is past float16
+    p = numerics_problem(
+        where,
+        cases.REGIMES_16[regime],
+        dtype=dtype,
+        param_dtype=torch.float32 if parameters == "float32" else dtype,
+    )
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"]
+)
+@pytest.mark.parametrize("where", SHAPES)
+@pytest.mark.parametrize("value", [10_000.1, -3e-5, 1e15])
+def test_constant_channel_is_exactly_bias(backend, where, value, dtype):
+    """x - mean is exactly 0 and nothing is multiplied into a cancelling sum: y is bias, to the bit.
+
+    torch's own channels_last path returns -0.9999 for a constant 10000.1.
+    """
+    shape, layout = SHAPES[where]
+    p = cases.make(shape, layout=layout, dtype=dtype, regime=lambda x: torch.full_like(x, value))
+    checks.check_constant_channels(backend.batch_norm, p)
+    checks.check_constant_channels(backend.batch_norm, p.but(bias=None, weight=None))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "frozen"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "rows"])
+def test_nonfinite_stays_in_its_channel(backend, layout, value, mode, activation):
+    """One Inf or NaN changes no bit of any other channel, whose values may share a vector with it."""
+    shape = (30, 5) if layout == "rows" else (3, 5, 4, 6)
+    p = cases.make(
+        shape,
+        layout="contiguous" if layout == "rows" else layout,
+        training=mode,
+        activation=activation,
+        residual=activation is not None,
+    )
+    checks.check_nonfinite_stays(backend.batch_norm, p, value)
+
+
+@pytest.mark.parametrize("activation", [None, *cases.ACTIVATIONS])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_nan_goes_through_activations(backend, activation, residual):
+    """Frozen, a NaN in x or in the residual comes out as NaN where torch's activation has it, and only there."""
+    p = cases.make((3, 2, 40), training=False, residual=residual, activation=activation)
+    for name in ("x", "residual") if residual else ("x",):
+        tensor = getattr(p, name).clone()
+        for i, value in enumerate((math.nan, math.inf, -math.inf)):
+            tensor[i, 1, 7 * i] = value
+        spoiled = p.but(**{name: tensor})
+        y = checks.run(backend.batch_norm, spoiled, needs=()).values["y"]
+        # In float64: torch's vectorised float32 gelu makes NaN of +inf.
+        wanted = oracle.expected(spoiled).values["y"]
+        assert torch.equal(y.isnan(), wanted.isnan())
+        assert torch.equal(y.isinf(), wanted.isinf())
+        assert torch.equal(y[wanted.isinf()].double(), wanted[wanted.isinf()])
+
+
+@pytest.mark.parametrize("where", ["nchw", "channels_last", "rows"])
+@pytest.mark.parametrize("scale", [1e18, 1e-30])
+def test_extreme_scales(backend, where, scale):
+    """Squares past the float32 range, where torch's own y is wrong by its own size."""
+    shape, layout = SHAPES[where]
+    p = cases.make(shape, layout=layout, regime=lambda x: scale * x, running=False)
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
+@pytest.mark.parametrize("where", ["nchw", "channels_last", "rows"])
+def test_largest_scale(backend, where):
+    """At 1e30 y is right; grad_x, of 1e-30, has terms below the float32 range, and is no worse than torch's own."""
+    shape, layout = SHAPES[where]
+
+    def draw():
+        return cases.make(shape, layout=layout, regime=lambda x: 1e30 * x, running=False)
+
+    checks.check_against_oracle(backend.batch_norm, draw(), needs=())
+    checks.check_no_worse_than_torch(backend.batch_norm, draw)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3, 10.0])
+def test_eps_is_inside_the_root(backend, eps):
+    """From negligible to dominating."""
+    p = cases.make((8, 3, 5), regime=lambda x: 0.5 * x, eps=eps)
+    checks.check_against_oracle(backend.batch_norm, p)
+    checks.check_against_oracle(backend.batch_norm, p.but(training=False))
