@@ -195,7 +195,7 @@ def test_outputs_past_the_caches_on_threads(threads):
 
 @pytest.mark.usefixtures("extension")
 def test_outputs_in_huge_pages():
-    """From 32 MiB on, the memory of y is asked for in huge pages."""
+    """From 8 MiB on, the memory of y is asked for in huge pages."""
     p = cases.make((5, 7, 500, 501), activation="relu")
     assert p.x.nbytes >= 32 * 2**20
     y = checks.call(bnfused.functional.batch_norm, p)

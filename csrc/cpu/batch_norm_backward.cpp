@@ -58,11 +58,10 @@ void finish(const BackwardArgs& args, int64_t c, const GradSums& sums, GradAffin
   write(args.grad_weight, c, g_d * invstd);
   write(args.grad_bias, c, sums.g);
   if (!args.training) return;
-  const double rows = double(args.problem.rows());
-  const double scale = read(args.weight, c, 1) * invstd;
-  const double slope = -scale * invstd * invstd * g_d / rows;
+  const double scale_per_row = read(args.weight, c, 1) * invstd / double(args.problem.rows());
+  const double slope = -scale_per_row * invstd * invstd * g_d;
   a->slope = static_cast<A>(slope);
-  a->offset = static_cast<A>(-scale * sums.g / rows - rest * slope);
+  a->offset = static_cast<A>(-scale_per_row * sums.g - rest * slope);
 }
 
 template <class T>
@@ -94,8 +93,8 @@ void backward_planes(const BackwardArgs& args) {
     GradSums sums;
     for_each_block(part.runs(p), [&](int64_t offset, Runs block) {
       const int64_t at = part.first(p, c) + offset;
-      const int64_t plane = at / p.inner;
-      GradArgs<T> g = grad_args<T>(args, at, plane * mask_plane + (at - plane * p.inner) / 8);
+      const int64_t mask_at = args.mask ? at / p.inner * mask_plane + at % p.inner / 8 : 0;
+      GradArgs<T> g = grad_args<T>(args, at, mask_at);
       g.runs = block;
       g.coefficients = &coefficients.forward.mean;
       g.coefficient_stride = 1;
@@ -120,7 +119,7 @@ void backward_planes(const BackwardArgs& args) {
       for (int64_t c = begin; c < end; ++c) {
         GradAffine<A> coefficients = recompute<A>(args, c);
         if (needs_sums(args)) finish(args, c, sum_part(c, whole, coefficients), &coefficients);
-        if (writes) apply_part(c, whole, coefficients, fits && c + 1 < end ? p.inner : 0);
+        if (writes) apply_part(c, whole, coefficients, fits && c + 1 < end ? prefetch_ahead<T>(p) : 0);
       }
     });
     return;

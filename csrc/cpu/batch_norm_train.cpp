@@ -75,7 +75,7 @@ void train_planes(const TrainArgs& args, double momentum) {
     at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const Moments m = slab_moments(leaf, x + whole.first(p, c), whole.runs(p));
-        apply_part(c, whole, finish<A>(args, momentum, c, m), fits && c + 1 < end ? p.inner : 0);
+        apply_part(c, whole, finish<A>(args, momentum, c, m), fits && c + 1 < end ? prefetch_ahead<T>(p) : 0);
       }
     });
     return;

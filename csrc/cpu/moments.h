@@ -20,6 +20,10 @@ struct Moments {
 
   void merge(const Moments& other) {
     if (other.count == 0) return;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
     const double total = count + other.count;
     const double delta = other.mean - mean;
     mean += delta * (other.count / total);
