@@ -51,14 +51,14 @@ GradAffine<A> recompute(const BackwardArgs& args, int64_t c) {
 
 // Everything that follows from one channel's sums.
 template <class A>
-void finish(const BackwardArgs& args, int64_t c, const GradSums& sums, GradAffine<A>* a) {
+void finish(const BackwardArgs& args, double per_row, int64_t c, const GradSums& sums, GradAffine<A>* a) {
   const double invstd = args.invstd[c];
   const double rest = args.mean[c] - double(a->forward.mean);  // of the mean, which A could not hold
   const double g_d = sums.g_d - rest * sums.g;
   write(args.grad_weight, c, g_d * invstd);
   write(args.grad_bias, c, sums.g);
   if (!args.training) return;
-  const double scale_per_row = read(args.weight, c, 1) * invstd / double(args.problem.rows());
+  const double scale_per_row = read(args.weight, c, 1) * invstd * per_row;
   const double slope = -scale_per_row * invstd * invstd * g_d;
   a->slope = static_cast<A>(slope);
   a->offset = static_cast<A>(-scale_per_row * sums.g - rest * slope);
@@ -84,6 +84,7 @@ void backward_planes(const BackwardArgs& args) {
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
   const int kind = int(kind_of(args));
+  const double per_row = 1 / double(p.rows());
   const bool streaming = streams<T>(p, p.inner, {args.grad_x, args.grad_residual});
   const auto apply = leaf.grad_apply[int(Layout::kPlanes)][streaming][kind];
   const bool writes = args.grad_x || args.grad_residual;
@@ -118,7 +119,7 @@ void backward_planes(const BackwardArgs& args) {
     at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         GradAffine<A> coefficients = recompute<A>(args, c);
-        if (needs_sums(args)) finish(args, c, sum_part(c, whole, coefficients), &coefficients);
+        if (needs_sums(args)) finish(args, per_row, c, sum_part(c, whole, coefficients), &coefficients);
         if (writes) apply_part(c, whole, coefficients, fits && c + 1 < end ? prefetch_ahead<T>(p) : 0);
       }
     });
@@ -136,7 +137,7 @@ void backward_planes(const BackwardArgs& args) {
     for (int64_t c = 0; c < p.channels; ++c) {
       GradSums all;
       for (int64_t i = 0; i < parts; ++i) all += {sums[c * parts + i].g, sums[c * parts + i].g_d};
-      finish(args, c, all, &coefficients[c]);
+      finish(args, per_row, c, all, &coefficients[c]);
     }
   }
   if (!writes) return;
@@ -178,6 +179,7 @@ void backward_rows(const BackwardArgs& args) {
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
   const int kind = int(kind_of(args));
+  const double per_row = 1 / double(p.rows());
   const RowView view = row_view(p, args.mask != nullptr);
   const bool streaming = streams<T>(p, view.columns, {args.grad_x, args.grad_residual});
   const auto apply = leaf.grad_apply[int(Layout::kRows)][streaming][kind];
@@ -219,7 +221,7 @@ void backward_rows(const BackwardArgs& args) {
           }
         }
         GradAffine<A> a = recompute<A>(args, c);
-        finish(args, c, all, &a);
+        finish(args, per_row, c, all, &a);
         coefficients.set(kSlope, c, a.slope);
         coefficients.set(kOffset, c, a.offset);
       }

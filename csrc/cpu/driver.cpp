@@ -42,16 +42,12 @@ double read_other(const PerChannel& values, int64_t channel) {
       return static_cast<const c10::Half*>(values.data)[channel];
     case DType::kBFloat16:
       return static_cast<const c10::BFloat16*>(values.data)[channel];
-    case DType::kFloat32:
-      return static_cast<const float*>(values.data)[channel];
-    case DType::kFloat64:
-      break;
+    default:
+      return static_cast<const double*>(values.data)[channel];
   }
-  return static_cast<const double*>(values.data)[channel];
 }
 
-void write(const PerChannel& values, int64_t channel, double value) {
-  if (!values) return;
+void write_other(const PerChannel& values, int64_t channel, double value) {
   switch (values.dtype) {
     case DType::kFloat16:
       static_cast<c10::Half*>(values.data)[channel] = static_cast<float>(value);
@@ -59,12 +55,8 @@ void write(const PerChannel& values, int64_t channel, double value) {
     case DType::kBFloat16:
       static_cast<c10::BFloat16*>(values.data)[channel] = static_cast<float>(value);
       return;
-    case DType::kFloat32:
-      static_cast<float*>(values.data)[channel] = static_cast<float>(value);
-      return;
-    case DType::kFloat64:
+    default:
       static_cast<double*>(values.data)[channel] = value;
-      return;
   }
 }
 

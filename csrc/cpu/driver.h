@@ -26,13 +26,22 @@ void with_dtype(DType dtype, F f) {
   }
 }
 
+// float32 in line: it is what nearly all parameters are, and a call for each of four values of a channel adds up.
 double read_other(const PerChannel& values, int64_t channel);
 inline double read(const PerChannel& values, int64_t channel, double if_absent) {
   if (!values) return if_absent;
   if (values.dtype == DType::kFloat32) return static_cast<const float*>(values.data)[channel];
   return read_other(values, channel);
 }
-void write(const PerChannel& values, int64_t channel, double value);
+void write_other(const PerChannel& values, int64_t channel, double value);
+inline void write(const PerChannel& values, int64_t channel, double value) {
+  if (!values) return;
+  if (values.dtype == DType::kFloat32) {
+    static_cast<float*>(values.data)[channel] = static_cast<float>(value);
+  } else {
+    write_other(values, channel, value);
+  }
+}
 
 // Fewer values than this are done on one thread: waking a second costs as much as they do.
 constexpr int64_t kSerialValues = 32768;
