@@ -51,7 +51,8 @@ inline bool trusted(const Sums& sums, double count) {
 
 inline Moments around(double shift, const Sums& sums, double count) {
   const double offset = sums.first / count;
-  return {count, shift + offset, std::max(0.0, sums.second - sums.first * offset)};
+  const double m2 = sums.second - sums.first * offset;
+  return {count, shift + offset, m2 < 0 ? 0 : m2};  // rounding must not make it negative, NaN must stay
 }
 
 inline double widened(float x) { return x; }
