@@ -131,27 +131,27 @@ def check_against_oracle(
 
 
 def check_no_worse_than_torch(batch_norm: BatchNorm, draw: Callable[[], Problem]) -> None:
-    """The worst error over several draws is not above torch's own on the same tensors.
+    """The largest error, averaged over several draws, is not above torch's own on the same tensors.
 
-    Several, because the error of the few sums in one draw is luck: either of two equal implementations is often twice
-    as good as the other.
+    Averaged, because the error of the few sums in one draw is luck: either of two equal implementations is often twice
+    as good as the other, and of the hundred cases of a run one would be three times as good.
     """
-    worst: dict[str, list[float]] = {}
-    for _ in range(6):
+    draws = 6
+    total: dict[str, list[float]] = {}
+    for _ in range(draws):
         problem = draw()
         truth = oracle.expected(problem)
         results = [run(f, problem).values for f in (batch_norm, oracle.torch_batch_norm)]
         for name, expected in truth.values.items():
             if expected is None or not truth.scales[name]:
                 continue
-            pair = worst.setdefault(name, [0.0, 0.0])
+            pair = total.setdefault(name, [0.0, 0.0])
             for i, values in enumerate(results):
-                error = worst_error(values[name], expected) / truth.scales[name]
-                pair[i] = max(pair[i], error)
+                pair[i] += worst_error(values[name], expected) / truth.scales[name] / draws
     above = {
         name: f"{mine:.3g}, torch {theirs:.3g}"
-        for name, (mine, theirs) in worst.items()
-        if mine > cases.no_worse_than_torch(theirs, torch.float32)
+        for name, (mine, theirs) in total.items()
+        if not mine <= cases.no_worse_than_torch(theirs, torch.float32)
     }
     assert not above, f"relative errors above torch's own: {above} {problem}"
 
