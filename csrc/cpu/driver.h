@@ -53,7 +53,7 @@ constexpr int64_t kBlockRows = 8 * 33;
 // Rows are written back to front in pieces of this many bytes, so that what the first pass read last is still in L2.
 constexpr int64_t kPieceBytes = 64 * 1024;
 // Outputs from this size on bypass the caches. Measured with a producer before and a consumer after: at 12 MB bypassing
-// wins 1.3 to 2.9 times on a Zen 4 core and is even on Sapphire Rapids; at 3 MB the consumer finds y in the last-level
+// wins 1.2 to 1.7 times on a Zen 4 core and is even on Sapphire Rapids; at 3 MB the consumer finds y in the last-level
 // cache, and bypassing only moves the cost.
 constexpr int64_t kStreamFromBytes = 8 * 1024 * 1024;
 
@@ -64,8 +64,8 @@ constexpr int64_t kPrefetchUpToBytes = 512 * 1024;
 constexpr int64_t kChannelGrain = 512;
 
 // Bytes ahead of a store to ask for its line in exclusive state, or 0. A core that waits for the line with each store
-// gains by asking early (Sapphire Rapids: 10 becomes 16 to 22 GB/s); one that does so on its own only pays for the
-// instruction (Zen 4: 50 becomes 39 GB/s).
+// gains by asking early (Sapphire Rapids: 10 becomes 16 to 22 GB/s); one that does so on its own has
+// nothing to gain (Zen 4: within 6 % either way).
 int64_t store_ahead();
 
 // Uninitialised, and padded so that a vector may be read at any column.
@@ -122,7 +122,6 @@ struct Part {
   int64_t last_mask(const Problem& p, int64_t channel) const {
     return ((plane_end - 1) * p.channels + channel) * ((p.inner + 7) / 8) + begin / 8;
   }
-  int64_t values() const { return (plane_end - plane_begin) * (end - begin); }
 
  private:
   int64_t at(const Problem& p, int64_t channel, int64_t plane) const {
