@@ -17,9 +17,11 @@ namespace {
 constexpr size_t kHugePagesFromBytes = 8 * 1024 * 1024;
 
 struct Cpu {
-  static void batch_norm_train(const bnfused::TrainArgs& args) { bnfused::cpu::batch_norm_train(args); }
-  static void batch_norm_eval(const bnfused::EvalArgs& args) { bnfused::cpu::batch_norm_eval(args); }
-  static void batch_norm_backward(const bnfused::BackwardArgs& args) { bnfused::cpu::batch_norm_backward(args); }
+  static void batch_norm_train(const bnfused::TrainArgs& args, c10::Device) { bnfused::cpu::batch_norm_train(args); }
+  static void batch_norm_eval(const bnfused::EvalArgs& args, c10::Device) { bnfused::cpu::batch_norm_eval(args); }
+  static void batch_norm_backward(const bnfused::BackwardArgs& args, c10::Device) {
+    bnfused::cpu::batch_norm_backward(args);
+  }
 
   static at::Tensor empty_like(const at::Tensor& x) {
     at::Tensor y = at::empty_like(x);

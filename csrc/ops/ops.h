@@ -1,8 +1,9 @@
 // The ops, once for every backend: checks, allocation, saved tensors. A backend is a struct with
 //
-//   static void batch_norm_train(const TrainArgs&);        static at::Tensor empty_like(const at::Tensor&);
-//   static void batch_norm_eval(const EvalArgs&);
-//   static void batch_norm_backward(const BackwardArgs&);
+//   static void batch_norm_train(const TrainArgs&, c10::Device);
+//   static void batch_norm_eval(const EvalArgs&, c10::Device);
+//   static void batch_norm_backward(const BackwardArgs&, c10::Device);
+//   static at::Tensor empty_like(const at::Tensor&);
 //
 // Everything is checked before anything is allocated or written: an error leaves the running statistics as they were.
 #pragma once
@@ -213,7 +214,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
   args.momentum = momentum.value_or(0);
   args.cumulative = !momentum.has_value();
   args.epilogue = epilogue;
-  Backend::batch_norm_train(args);
+  Backend::batch_norm_train(args, x.device());
   copy_back(running_mean, running_mean_in);
   copy_back(running_var, running_var_in);
   return {y, saved.mean, saved.invstd, saved.mask};
@@ -258,7 +259,7 @@ at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const
     args.mean = saved->mean.mutable_data_ptr<double>();
     args.invstd = saved->invstd.mutable_data_ptr<double>();
   }
-  Backend::batch_norm_eval(args);
+  Backend::batch_norm_eval(args, x.device());
   return y;
 }
 
@@ -336,7 +337,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   if (need_weight) args.grad_weight = written(grad_weight);
   if (need_bias) args.grad_bias = written(grad_bias);
   args.epilogue = epilogue;
-  Backend::batch_norm_backward(args);
+  Backend::batch_norm_backward(args, x.device());
   return {grad_x, grad_weight, grad_bias, grad_residual};
 }
 

@@ -1,0 +1,113 @@
+// Backward: sums, then the gradients that wait for them, in one launch where a block can have a channel.
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "kernels/batch_norm_backward.cuh"
+
+namespace bnfused::cuda {
+namespace {
+
+// The workspace: the slopes of all channels, then the partial sums.
+Slope* slopes_of(Workspace workspace) { return static_cast<Slope*>(workspace.partials); }
+
+template <class T>
+using Constants = GradAffine<Accumulate<T>>;
+
+template <class T, class Activation>
+GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Workspace workspace,
+                                  Activation activation) {
+  GradArgs<T, Activation> g{
+      {static_cast<const T*>(args.grad_y), static_cast<const T*>(args.x), static_cast<const T*>(args.residual),
+       args.mask, static_cast<T*>(args.grad_x), static_cast<T*>(args.grad_residual), plan.wide, activation},
+      {},
+      args.problem.numel(),
+      nullptr,
+      workspace.tickets};
+  const bool waits = args.training && args.grad_x != nullptr;
+  Slope* slopes = slopes_of(workspace);
+  g.constants = {args.weight,
+                 args.bias,
+                 args.mean,
+                 args.invstd,
+                 args.grad_weight,
+                 args.grad_bias,
+                 waits ? slopes : nullptr,
+                 1 / double(args.problem.rows())};
+  g.partials = reinterpret_cast<GradSums*>(slopes + args.problem.channels);
+  return g;
+}
+
+template <class T, class Act>
+cudaError_t small(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_t stream) {
+  if (plan.layout == Layout::kPlanes) {
+    const Planes& s = plan.planes;
+    return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_backward_small_planes<T, Act>, args, s);
+  }
+  const Rows& s = plan.reduce_rows;
+  const size_t shared = table_bytes<Constants<T>>(s) + table_bytes<GradSums>(s);
+  return launch(config(s.blocks(), s.threads, shared, stream), batch_norm_backward_small_rows<T, Act>, args, s);
+}
+
+// `write`: the gradients of the tensors do not depend on the sums, and are written in the same pass.
+template <class T, class Act>
+cudaError_t reduce(const GradArgs<T, Act>& args, const Plan& plan, bool write, cudaStream_t stream) {
+  if (plan.layout == Layout::kPlanes) {
+    const Planes& s = plan.planes;
+    return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_backward_reduce_planes<T, Act>, args, write, s);
+  }
+  const Rows& s = plan.reduce_rows;
+  return launch(config(s.blocks(), s.threads, table_bytes<Constants<T>>(s), stream),
+                batch_norm_backward_reduce_rows<T, Act>, args, write, s);
+}
+
+template <class T, class Act>
+cudaError_t apply(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_t stream) {
+  if (plan.layout == Layout::kPlanes) {
+    const Flat& s = plan.flat;
+    return launch(config(s.blocks(), s.threads, table_bytes<Constants<T>>(s), stream),
+                  batch_norm_backward_apply_planes<T, Act>, args.body, args.constants, args.numel, s);
+  }
+  const Rows& s = plan.apply_rows;
+  return launch(config(s.blocks(), s.threads, table_bytes<Constants<T>>(s), stream),
+                batch_norm_backward_apply_rows<T, Act>, args.body, args.constants, args.numel, s);
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const Plan& plan, const Problem& p) {
+  static_assert(sizeof(GradSums) <= sizeof(Moments<double>) && sizeof(Moments<float>) == sizeof(Moments<double>));
+  return p.channels * int64_t(sizeof(Slope)) + plan.partials * int64_t(sizeof(Moments<double>));
+}
+
+BackwardRequest request_of(const BackwardArgs& args) {
+  return {is_wide({args.grad_y, args.x, args.residual, args.grad_x, args.grad_residual}),
+          args.residual != nullptr,
+          args.mask != nullptr,
+          args.training,
+          args.grad_x != nullptr,
+          args.grad_residual != nullptr,
+          args.grad_weight || args.grad_bias};
+}
+
+cudaError_t batch_norm_backward(const BackwardArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+  if (plan.strategy == Strategy::kEmpty) return launch_empty(args, nullptr, stream);
+  return with_dtype(args.problem.dtype, [&](auto t) {
+    using T = decltype(t);
+    return with_gradient(args.epilogue, args.mask != nullptr, [&](auto activation) {
+      const auto grads = grad_args<T>(args, plan, workspace, activation);
+      switch (plan.strategy) {
+        case Strategy::kSmall:
+          return small(grads, plan, stream);
+        case Strategy::kReduce:
+          return reduce(grads, plan, true, stream);
+        case Strategy::kApply:
+          return apply(grads, plan, stream);
+        default: {
+          const cudaError_t status = reduce(grads, plan, false, stream);
+          return status == cudaSuccess ? apply(grads, plan, stream) : status;
+        }
+      }
+    });
+  });
+}
+
+}  // namespace bnfused::cuda

@@ -1,0 +1,29 @@
+// The CUDA backend: plan and raw pointers in, kernels launched on a stream. No framework: csrc/ops/cuda.cpp calls it
+// for torch, tests/emulator calls the same code on the CPU.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "batch_norm.h"
+#include "plan.h"
+
+namespace bnfused::cuda {
+
+// Memory that a launch needs beside its arguments. `partials`: workspace_bytes(), of any content. `tickets`: as many as
+// the plan says, 0 before and after, not shared with a launch on another stream.
+struct Workspace {
+  void* partials;
+  unsigned* tickets;
+};
+
+Request request_of(const TrainArgs&);
+Request request_of(const EvalArgs&);
+BackwardRequest request_of(const BackwardArgs&);
+
+int64_t workspace_bytes(const Plan&, const Problem&);
+
+// What the launch returned; errors of the kernels themselves show up later, as always.
+cudaError_t batch_norm_train(const TrainArgs&, const Plan&, Workspace, cudaStream_t);
+cudaError_t batch_norm_eval(const EvalArgs&, const Plan&, cudaStream_t);
+cudaError_t batch_norm_backward(const BackwardArgs&, const Plan&, Workspace, cudaStream_t);
+
+}  // namespace bnfused::cuda

@@ -1,0 +1,75 @@
+// What the reductions add up: the moments of x, and the two sums of the backward. Both are merged in a fixed order, so
+// that results repeat bit by bit.
+//
+// Accuracy: values are added in float32 (float64 for float64) over a short run only, as differences from a value near
+// their mean, and the runs are merged in float64 by Chan's formula. A run's shift is the mean of its first values,
+// never one sample: with n values about a shift that is off by d, the variance loses n * d^2 * 2^-24, and an outlier
+// among the first 8 that puts the shift off by d adds (8 d)^2 to the variance itself. Source: Chan, Golub, LeVeque,
+// "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+#pragma once
+#include "kernels/pack.cuh"
+
+namespace bnfused {
+
+// Count, mean and sum of squared differences from the mean. A counts in float: the ratio of two counts weighs a
+// difference of means, which 24 bits suffice for. float64 tensors count in double.
+template <class A>
+struct Moments {
+  double mean = 0, m2 = 0;
+  A count = 0;
+
+  __device__ __forceinline__ void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const A total = count + other.count;
+    const double ratio = quotient(other.count, total);
+    const double delta = other.mean - mean;
+    mean = count == 0 ? other.mean : mean + delta * ratio;  // exact for the first, also where 0 * infinity comes in
+    m2 = count == 0 ? other.m2 : m2 + (other.m2 + delta * delta * (count * ratio));
+    count = total;
+  }
+};
+
+// A short run of values, as differences from its shift.
+template <class A>
+struct Run {
+  A shift = 0, sum = 0, squares = 0;
+
+  __device__ __forceinline__ void add(A value) {
+    const A d = value - shift;
+    sum += d;
+    squares = fma(d, d, squares);
+  }
+
+  __device__ __forceinline__ Moments<A> moments(A count) const {
+    const A offset = quotient(sum, count);
+    const A m2 = squares - sum * offset;
+    return {double(shift) + double(offset), double(m2 < 0 ? A(0) : m2), count};
+  }
+};
+
+// The mean of a power of two of values, added in pairs: for equal values it is that value exactly, so that the variance
+// of a constant is exactly 0 and its normalized value exactly `bias`.
+template <class A, int kValues>
+__device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
+  A sums[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) sums[i] = values[i] * A(1.0 / kValues);
+#pragma unroll
+  for (int half = kValues / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+
+// Sums over the values of a channel of g and of g * (x - mean), where g is the gradient before the activation.
+struct GradSums {
+  double g = 0, g_d = 0;
+
+  __device__ __forceinline__ void merge(const GradSums& other) {
+    g += other.g;
+    g_d += other.g_d;
+  }
+};
+
+}  // namespace bnfused

@@ -1,0 +1,87 @@
+// The forward once the statistics are known: y = act((x - mean) * invstd * weight + bias + residual).
+//
+//   computes  y, and the ReLU mask where a backward will want it; in eval mode invstd from the running variance
+//   moves     reads x (and the residual) once; writes y once, and a bit for each value of the mask
+//   blocks    Rows: a tile of columns x a part of the rows. Planes: a run of units
+//   needs     mean and invstd of the batch, or running statistics
+#pragma once
+#include "kernels/pointwise.cuh"
+#include "kernels/sweep.cuh"
+
+namespace bnfused {
+
+// Where the constants of the forward come from: this batch, or what runs.
+struct ForwardConstants {
+  PerChannel weight, bias;
+  const double *mean, *invstd;  // of the batch, or nullptr
+  PerChannel running_mean, running_var;
+  double *saved_mean, *saved_invstd;  // out, of the running statistics, or nullptr
+  double eps;
+
+  template <class A>
+  __device__ __forceinline__ Affine<A> get(uint32_t c, bool owns) const {
+    double m, s;
+    if (mean != nullptr) {
+      m = mean[c];
+      s = invstd[c];
+    } else {
+      m = read(running_mean, c, 0);
+      s = 1 / sqrt(read(running_var, c, 1) + eps);
+      if (owns && saved_mean != nullptr) {
+        saved_mean[c] = m;
+        saved_invstd[c] = s;
+      }
+    }
+    return Affine<A>(m, s, read(weight, c, 1), read(bias, c, 0));
+  }
+};
+
+template <class T, class Activation>
+struct ForwardBody {
+  using A = Accumulate<T>;
+  using Constants = Affine<A>;
+  struct Loaded {
+    Pack<T> x, residual;
+  };
+
+  const T *x, *residual;  // residual: or nullptr
+  T* y;
+  uint8_t* mask;  // bit k of byte u is value k of unit u; or nullptr
+  bool wide;
+  Activation activation;
+
+  __device__ __forceinline__ void load(Loaded& loaded, uint32_t unit, Span span) const {
+    load_unit(loaded.x, x + int64_t(unit) * kUnit, span, wide);
+    if (residual != nullptr) load_unit(loaded.residual, residual + int64_t(unit) * kUnit, span, wide);
+  }
+
+  template <class ConstantsOf>
+  __device__ __forceinline__ void store(Loaded& loaded, uint32_t unit, Span span, ConstantsOf constants_of) const {
+    unsigned bits = 0;
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) {
+      if (!span.has(k)) continue;
+      A z = constants_of(k)(to_accumulate(loaded.x.v[k]));
+      if (residual != nullptr) z += to_accumulate(loaded.residual.v[k]);
+      const T value = from_accumulate<T>(activation.template value<T>(z));
+      loaded.x.v[k] = value;
+      bits |= unsigned(!(to_accumulate(value) <= 0)) << k;
+    }
+    store_unit(y + int64_t(unit) * kUnit, loaded.x, span, wide);
+    if (mask != nullptr) store_global(mask + unit, uint8_t(bits));
+  }
+};
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_apply_rows(ForwardBody<T, Activation> body, ForwardConstants constants, int64_t numel, Rows s) {
+  sweep_rows<T>(body, numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_apply_planes(ForwardBody<T, Activation> body, ForwardConstants constants, int64_t numel, Flat s) {
+  sweep_flat<T>(body, numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
+}
+
+}  // namespace bnfused

@@ -1,0 +1,297 @@
+// The backward. With g the gradient before the activation and d = x - mean:
+//
+//   grad_bias = sum g    grad_weight = invstd * sum g * d    grad_residual = g
+//   grad_x = g * scale + d * slope + offset, with scale = weight * invstd and, in training,
+//   slope = -scale * invstd^2 * sum(g * d) / n, offset = -scale * sum(g) / n; otherwise both are 0
+//
+//   reduce  reads grad_y, x and what the activation needs (the residual, or the mask) once; writes a GradSums for each
+//           channel and part; where the statistics were given, writes the gradients of the tensors in the same pass
+//   apply   reads the same once more, writes grad_x and grad_residual
+//   small   both in one launch, where a block can have all values of its channels
+//   blocks  Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units; apply: a run of
+//   units needs   workspace for the partials and for slope and offset; tickets that are 0, and are 0 again afterwards
+#pragma once
+#include "kernels/accumulators.cuh"
+#include "kernels/batch_norm_stats.cuh"
+#include "kernels/pointwise.cuh"
+#include "kernels/sweep.cuh"
+
+namespace bnfused {
+
+struct Slope {
+  double slope = 0, offset = 0;  // of grad_x, in training
+};
+
+template <class A>
+struct GradAffine {
+  Affine<A> forward;
+  A slope, offset;
+};
+
+// Everything that follows from the sums of one channel, and the constants of the apply.
+struct BackwardConstants {
+  PerChannel weight, bias;
+  const double *mean, *invstd;
+  PerChannel grad_weight, grad_bias;  // out, each or none
+  Slope* slopes;                      // (channels), nullptr where the statistics were given
+  double per_value;                   // 1 / n
+
+  template <class A>
+  __device__ __forceinline__ void finish(int64_t c, const GradSums& sums) const {
+    const double s = invstd[c];
+    // The sums know the mean as A holds it.
+    const double rest = mean[c] - double(A(mean[c]));
+    const double g_d = sums.g_d - rest * sums.g;
+    write(grad_weight, c, g_d * s);
+    write(grad_bias, c, sums.g);
+    if (slopes == nullptr) return;
+    const double scale_per_value = read(weight, c, 1) * s * per_value;
+    const double slope = -scale_per_value * s * s * g_d;
+    slopes[c] = {slope, -scale_per_value * sums.g - rest * slope};
+  }
+
+  // Before the sums are known.
+  template <class A>
+  __device__ __forceinline__ GradAffine<A> recompute(int64_t c) const {
+    return {Affine<A>(mean[c], invstd[c], read(weight, c, 1), read(bias, c, 0)), 0, 0};
+  }
+
+  template <class A>
+  __device__ __forceinline__ GradAffine<A> get(int64_t c) const {
+    GradAffine<A> all = recompute<A>(c);
+    if (slopes != nullptr) {
+      all.slope = A(slopes[c].slope);
+      all.offset = A(slopes[c].offset);
+    }
+    return all;
+  }
+};
+
+template <class T, class Activation>
+struct BackwardBody {
+  using A = Accumulate<T>;
+  using Constants = GradAffine<A>;
+  struct Loaded {
+    Pack<T> grad_y, x, residual;
+    unsigned mask;
+  };
+
+  const T *grad_y, *x, *residual;  // residual: only where the activation is recomputed with it
+  const uint8_t* mask;
+  T *grad_x, *grad_residual;  // each or nullptr
+  bool wide;
+  Activation activation;
+
+  __device__ __forceinline__ void load(Loaded& loaded, uint32_t unit, Span span) const {
+    const int64_t at = int64_t(unit) * kUnit;
+    load_unit(loaded.grad_y, grad_y + at, span, wide);
+    load_unit(loaded.x, x + at, span, wide);
+    if constexpr (Activation::kNeedsZ) {
+      if (residual != nullptr) load_unit(loaded.residual, residual + at, span, wide);
+    }
+    if constexpr (Activation::kMasked) loaded.mask = load_global(mask + unit);
+  }
+
+  __device__ __forceinline__ A gradient(const Loaded& loaded, int k, const Constants& constants) const {
+    const A g = to_accumulate(loaded.grad_y.v[k]);
+    if constexpr (Activation::kMasked) {
+      return loaded.mask >> k & 1 ? g : A(0);
+    } else if constexpr (Activation::kNeedsZ) {
+      A z = constants.forward(to_accumulate(loaded.x.v[k]));
+      if (residual != nullptr) z += to_accumulate(loaded.residual.v[k]);
+      return activation.template gradient<T>(g, z);
+    } else {
+      return g;
+    }
+  }
+
+  template <class ConstantsOf>
+  __device__ __forceinline__ void store(Loaded& loaded, uint32_t unit, Span span, ConstantsOf constants_of) const {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) {
+      if (!span.has(k)) continue;
+      const Constants c = constants_of(k);
+      const A g = gradient(loaded, k, c);
+      const A d = to_accumulate(loaded.x.v[k]) - c.forward.mean;
+      loaded.grad_y.v[k] = from_accumulate<T>(g);
+      loaded.x.v[k] = from_accumulate<T>(fma(g, c.forward.scale, fma(d, c.slope, c.offset)));
+    }
+    const int64_t at = int64_t(unit) * kUnit;
+    if (grad_x != nullptr) store_unit(grad_x + at, loaded.x, span, wide);
+    if (grad_residual != nullptr) store_unit(grad_residual + at, loaded.grad_y, span, wide);
+  }
+};
+
+// A short run of sums in A: see accumulators.cuh.
+template <class A>
+struct GradRun {
+  A g = 0, g_d = 0;
+
+  __device__ __forceinline__ void add(A gradient, A d) {
+    g += gradient;
+    g_d = fma(gradient, d, g_d);
+  }
+};
+
+template <class T>
+constexpr int kLoadsOfBackward = kLoadsOfReduce<T> / 2;  // of two tensors
+
+// Sums of the 8 values of one column, over the thread's rows. `write`: the gradients of the tensors need no sums, and
+// are written on the way.
+template <class T, class Body>
+__device__ __forceinline__ void column_grad_sums(const Body& body, int64_t numel, const Rows& s,
+                                                 const RowsThread& thread, const typename Body::Constants (&own)[kUnit],
+                                                 bool write, GradSums (&total)[kUnit]) {
+  using A = Accumulate<T>;
+  constexpr int kLoads = kLoadsOfBackward<T>;
+  if (!thread.active) return;
+  const auto constants_of = [&](int k) { return own[k]; };
+  const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
+  const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
+  uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane;
+  while (row < end) {
+    GradRun<A> run[kUnit];
+    for (int step = 0; step < kLoadsOfRun<T> && row < end; ++step) {
+      typename Body::Loaded loaded[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const uint32_t r = row + i * s.lanes;
+        const uint32_t unit = r * s.columns + thread.column;
+        if (r < end && unit < units) body.load(loaded[i], unit, span_of(unit, numel));
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const uint32_t unit = row * s.columns + thread.column;
+        if (row < end && unit < units) {
+          const Span span = span_of(unit, numel);
+#pragma unroll
+          for (int k = 0; k < kUnit; ++k) {
+            if (span.has(k)) {
+              run[k].add(body.gradient(loaded[i], k, own[k]), to_accumulate(loaded[i].x.v[k]) - own[k].forward.mean);
+            }
+          }
+          if (write) body.store(loaded[i], unit, span, constants_of);
+        }
+        row += s.lanes;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) total[k].merge({double(run[k].g), double(run[k].g_d)});
+  }
+}
+
+// Sums of a channel over the thread's units of its planes.
+template <class T, class Body>
+__device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Planes& s, const PlanesBlock& block,
+                                                    const typename Body::Constants& constants, bool write) {
+  using A = Accumulate<T>;
+  constexpr int kLoads = kLoadsOfBackward<T>;
+  const auto constants_of = [&](int) { return constants; };
+  GradSums total;
+  for (uint32_t first = block.begin + threadIdx.x; first < block.end; first += kLoads * blockDim.x) {
+    typename Body::Loaded loaded[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i * blockDim.x >= block.end) continue;
+      const PlaneUnit at(s, block.channel, first + i * blockDim.x);
+      if (!at.span.empty()) body.load(loaded[i], at.unit, at.span);
+    }
+    GradRun<A> run;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i * blockDim.x >= block.end) continue;
+      const PlaneUnit at(s, block.channel, first + i * blockDim.x);
+      if (at.span.empty()) continue;
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) {
+        if (at.span.has(k)) {
+          run.add(body.gradient(loaded[i], k, constants), to_accumulate(loaded[i].x.v[k]) - constants.forward.mean);
+        }
+      }
+      if (write) body.store(loaded[i], at.unit, at.span, constants_of);
+    }
+    total.merge({double(run.g), double(run.g_d)});
+  }
+  return total;
+}
+
+template <class T, class Activation>
+struct GradArgs {
+  BackwardBody<T, Activation> body;
+  BackwardConstants constants;
+  int64_t numel;
+  GradSums* partials;
+  unsigned* tickets;  // one for each domain of the layout
+};
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_backward_reduce_rows(GradArgs<T, Activation> args, bool write, Rows s) {
+  using A = Accumulate<T>;
+  BNFUSED_DYNAMIC_SHARED(GradAffine<A>, table);
+  const RowsThread thread(s);
+  GradAffine<A> own[kUnit];
+  constants_of_column(table, s, thread, [&](uint32_t c, bool) { return args.constants.template recompute<A>(c); }, own);
+  GradSums sums[kUnit];
+  column_grad_sums<T>(args.body, args.numel, s, thread, own, write, sums);
+  merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+  finish_rows(sums, args.partials, args.tickets, s, thread,
+              [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_backward_reduce_planes(GradArgs<T, Activation> args, bool write, Planes s) {
+  using A = Accumulate<T>;
+  const PlanesBlock block(s);
+  const GradAffine<A> constants = args.constants.template recompute<A>(block.channel);
+  GradSums sums = plane_grad_sums<T>(args.body, s, block, constants, write);
+  merge_block(sums);
+  finish_channel(sums, args.partials, args.tickets, s, block,
+                 [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_backward_apply_rows(BackwardBody<T, Activation> body, BackwardConstants constants, int64_t numel,
+                                   Rows s) {
+  sweep_rows<T>(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_backward_apply_planes(BackwardBody<T, Activation> body, BackwardConstants constants, int64_t numel,
+                                     Flat s) {
+  sweep_flat<T>(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1) batch_norm_backward_small_rows(GradArgs<T, Activation> args, Rows s) {
+  using A = Accumulate<T>;
+  BNFUSED_DYNAMIC_SHARED(GradAffine<A>, table);  // kUnit * tile, and behind it as many sums
+  GradSums* of_columns = reinterpret_cast<GradSums*>(table + kUnit * s.tile);
+  const RowsThread thread(s);
+  GradAffine<A> own[kUnit];
+  constants_of_column(table, s, thread, [&](uint32_t c, bool) { return args.constants.template recompute<A>(c); }, own);
+  GradSums sums[kUnit];
+  column_grad_sums<T>(args.body, args.numel, s, thread, own, false, sums);
+  merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+  finish_tile(sums, of_columns, s, thread,
+              [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
+  sweep_rows<T>(args.body, args.numel, s, [&](uint32_t c, bool) { return args.constants.template get<A>(c); });
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_backward_small_planes(GradArgs<T, Activation> args, Planes s) {
+  using A = Accumulate<T>;
+  const PlanesBlock block(s);
+  const GradAffine<A> constants = args.constants.template recompute<A>(block.channel);
+  GradSums sums = plane_grad_sums<T>(args.body, s, block, constants, false);
+  merge_block(sums);
+  if (threadIdx.x == 0) args.constants.template finish<A>(block.channel, sums);
+  __syncthreads();  // slope and offset of the channel are written
+  sweep_channel<T>(args.body, s, block, args.constants.template get<A>(block.channel));
+}
+
+}  // namespace bnfused

@@ -1,0 +1,36 @@
+// A batch without values: counted, and nothing learned from it.
+//
+//   computes  training: mean = invstd = 0 and the counter moved on. Eval: what a backward will want. Backward: zeros
+//   moves     per-channel values only
+//   blocks    channels, a thread each; one block at least
+#pragma once
+#include "kernels/layout.cuh"
+#include "kernels/pointwise.cuh"
+
+namespace bnfused {
+
+__device__ __forceinline__ void finish_empty(const TrainArgs& args, uint32_t c) {
+  args.mean[c] = 0;
+  args.invstd[c] = 0;
+}
+
+__device__ __forceinline__ void finish_empty(const EvalArgs& args, uint32_t c) {
+  if (args.mean == nullptr) return;
+  args.mean[c] = read(args.running_mean, c, 0);
+  args.invstd[c] = 1 / sqrt(read(args.running_var, c, 1) + args.eps);
+}
+
+__device__ __forceinline__ void finish_empty(const BackwardArgs& args, uint32_t c) {
+  write(args.grad_weight, c, 0);
+  write(args.grad_bias, c, 0);
+}
+
+template <class Args>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_empty(Args args, uint32_t channels, int64_t* num_batches_tracked) {
+  const uint32_t c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c < channels) finish_empty(args, c);
+  if (c == 0 && num_batches_tracked != nullptr) ++*num_batches_tracked;
+}
+
+}  // namespace bnfused

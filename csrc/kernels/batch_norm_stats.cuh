@@ -1,0 +1,199 @@
+// The statistics of the batch: mean and invstd of every channel, and the running statistics moved.
+//
+//   computes  moments of x over all of a channel's values; from them mean, invstd, running_mean, running_var, counter
+//   moves     reads x once; writes a Moments for each channel and part
+//   blocks    Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units
+//   needs     workspace for the partials; tickets that are 0, and are 0 again afterwards
+#pragma once
+#include "kernels/accumulators.cuh"
+#include "kernels/layout.cuh"
+#include "kernels/pointwise.cuh"
+
+namespace bnfused {
+
+// Loads that a thread of a reduction starts before it uses the first: 128 bytes.
+template <class T>
+constexpr int kLoadsOfReduce = 128 / int(sizeof(Pack<T>));
+// Values of a run beyond which it is merged: see accumulators.cuh.
+template <class T>
+constexpr int kLoadsOfRun = 8;
+
+// Moments of the 8 values of one column, over the thread's rows.
+template <class T>
+__device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool wide, const Rows& s,
+                                               const RowsThread& thread, Moments<Accumulate<T>> (&total)[kUnit]) {
+  using A = Accumulate<T>;
+  constexpr int kLoads = kLoadsOfReduce<T>;
+  if (!thread.active) return;
+  const uint32_t whole_units = uint32_t(numel / kUnit);
+  // Rows of this column whose unit is whole.
+  const uint32_t rows = (whole_units + s.columns - 1 - thread.column) / s.columns;
+  const uint32_t part_end = part_begin(s.rows, thread.part + 1, s.parts);
+  const uint32_t end = part_end < rows ? part_end : rows;
+  uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane;
+  while (row < end) {
+    Run<A> run[kUnit];
+    A count = 0;
+    for (int step = 0; step < kLoadsOfRun<T> && row < end; ++step) {
+      Pack<T> packs[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const uint32_t r = row + i * s.lanes;
+        if (r < end) {
+          load_unit(packs[i], x + (int64_t(r) * s.columns + thread.column) * kUnit, {0, kUnit}, wide);
+        } else {
+          packs[i] = packs[0];
+        }
+      }
+      if (step == 0) {
+#pragma unroll
+        for (int k = 0; k < kUnit; ++k) {
+          A values[kLoads];
+#pragma unroll
+          for (int i = 0; i < kLoads; ++i) values[i] = to_accumulate(packs[i].v[k]);
+          run[k].shift = mean_in_pairs(values);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (row < end) {
+#pragma unroll
+          for (int k = 0; k < kUnit; ++k) run[k].add(to_accumulate(packs[i].v[k]));
+          count += 1;
+          row += s.lanes;
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) total[k].merge(run[k].moments(count));
+  }
+  // The last unit of the tensor, if it is not whole.
+  const Span rest = span_of(whole_units, numel);
+  if (rest.end > 0 && thread.column == whole_units % s.columns && thread.part == s.parts - 1 && thread.lane == 0) {
+    Pack<T> pack;
+    load_unit(pack, x + int64_t(whole_units) * kUnit, rest, wide);
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) {
+      if (rest.has(k)) total[k].merge({double(to_accumulate(pack.v[k])), 0, 1});
+    }
+  }
+}
+
+// Moments of a channel over the thread's units of its planes.
+template <class T>
+__device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const T* x, bool wide, const Planes& s,
+                                                                const PlanesBlock& block) {
+  using A = Accumulate<T>;
+  constexpr int kLoads = kLoadsOfReduce<T>;
+  Moments<A> total;
+  for (uint32_t first = block.begin + threadIdx.x; first < block.end; first += kLoads * blockDim.x) {
+    Pack<T> packs[kLoads];
+    Span spans[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t number = first + i * blockDim.x;
+      spans[i] = {0, 0};
+      if (number < block.end) {
+        const PlaneUnit at(s, block.channel, number);
+        spans[i] = at.span;
+        if (!at.span.empty()) load_unit(packs[i], x + int64_t(at.unit) * kUnit, at.span, wide);
+      }
+    }
+    Run<A> run;
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (spans[i].empty()) continue;
+      A values[kUnit];
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) values[k] = to_accumulate(packs[i].v[k]);
+      if (!spans[i].whole()) {  // the others take the value of the last, so that all are of the channel
+#pragma unroll
+        for (int k = 1; k < kUnit; ++k) values[k] = spans[i].end <= k ? values[k - 1] : values[k];
+#pragma unroll
+        for (int k = kUnit - 2; k >= 0; --k) values[k] = k < spans[i].begin ? values[k + 1] : values[k];
+      }
+      if (count == 0) run.shift = mean_in_pairs(values);
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) {
+        if (spans[i].has(k)) run.add(values[k]);
+      }
+      count += spans[i].end - spans[i].begin;
+    }
+    if (count > 0) total.merge(run.moments(A(count)));
+  }
+  return total;
+}
+
+// Everything that follows from the moments of one channel.
+struct FinishStats {
+  double* mean;
+  double* invstd;
+  PerChannel running_mean, running_var;
+  int64_t* num_batches_tracked;
+  double eps, momentum;
+  bool cumulative;
+  double per_value, per_free_value;  // 1 / n, 1 / (n - 1), of the n values of a channel
+
+  FinishStats(const TrainArgs& args)
+      : mean(args.mean),
+        invstd(args.invstd),
+        running_mean(args.running_mean),
+        running_var(args.running_var),
+        num_batches_tracked(args.num_batches_tracked),
+        eps(args.eps),
+        momentum(args.momentum),
+        cumulative(args.cumulative),
+        per_value(1 / double(args.problem.rows())),
+        per_free_value(1 / (double(args.problem.rows()) - 1)) {}
+
+  template <class A>
+  __device__ __forceinline__ void operator()(int64_t c, const Moments<A>& m) const {
+    const double weight = cumulative ? 1 / double(*num_batches_tracked + 1) : momentum;
+    mean[c] = m.mean;
+    invstd[c] = 1 / sqrt(m.m2 * per_value + eps);
+    write(running_mean, c, (1 - weight) * read(running_mean, c, 0) + weight * m.mean);
+    write(running_var, c, (1 - weight) * read(running_var, c, 0) + weight * (m.m2 * per_free_value));
+  }
+
+  // The last of `blocks` to come here has all of them behind it that read the counter, and counts this batch.
+  __device__ __forceinline__ void count_batch(unsigned* ticket, unsigned blocks) const {
+    if (num_batches_tracked == nullptr) return;
+    if (is_last_block(ticket, blocks) && threadIdx.x == 0) ++*num_batches_tracked;
+  }
+};
+
+template <class T>
+struct StatsArgs {
+  const T* x;
+  int64_t numel;
+  bool wide;
+  Moments<Accumulate<T>>* partials;
+  unsigned* tickets;  // one for each domain of the layout, and one to count the batch
+  FinishStats finish;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads, 1) batch_norm_stats_rows(StatsArgs<T> args, Rows s) {
+  using Sums = Moments<Accumulate<T>>;
+  const RowsThread thread(s);
+  Sums sums[kUnit];
+  column_moments(args.x, args.numel, args.wide, s, thread, sums);
+  merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+  const bool last = finish_rows(sums, args.partials, args.tickets, s, thread,
+                                [&](uint32_t c, const Sums& all) { args.finish(c, all); });
+  if (last) args.finish.count_batch(args.tickets + s.domains(), s.domains());
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads, 1) batch_norm_stats_planes(StatsArgs<T> args, Planes s) {
+  using Sums = Moments<Accumulate<T>>;
+  const PlanesBlock block(s);
+  Sums sums = plane_moments(args.x, args.wide, s, block);
+  merge_block(sums);
+  const bool last = finish_channel(sums, args.partials, args.tickets, s, block,
+                                   [&](uint32_t c, const Sums& all) { args.finish(c, all); });
+  if (last) args.finish.count_batch(args.tickets + s.domains(), s.domains());
+}
+
+}  // namespace bnfused

@@ -1,0 +1,202 @@
+// Which units of a tensor a block and its threads own, in each layout, and the merge of what the threads have summed.
+#pragma once
+#include "kernels/pack.cuh"
+#include "plan.h"
+
+namespace bnfused {
+
+constexpr int kMaxThreads = 256;  // of a block; detail::kThreads in plan.h is the same bound
+
+// Exact for all n: the multiplier is too small by less than one part in 2^64, and so the product by less than 1.
+__device__ __forceinline__ uint64_t divide(uint64_t n, const Divisor& by) {
+  const uint64_t quotient = __umul64hi(n, by.multiplier);
+  return quotient + (n - quotient * by.value >= by.value);
+}
+
+__device__ __forceinline__ uint32_t part_begin(uint32_t total, uint32_t part, uint32_t parts) {
+  return uint32_t(uint64_t(total) * part / parts);
+}
+
+// The values of a unit of a tensor of numel values: the last unit may not be whole.
+__device__ __forceinline__ Span span_of(uint32_t unit, int64_t numel) {
+  const int64_t left = numel - int64_t(unit) * kUnit;
+  return {0, left < kUnit ? int(left) : kUnit};
+}
+
+// One thread's place in the rows layout: a column that it keeps, and every lanes-th row of its part.
+struct RowsThread {
+  uint32_t column, slot;  // of the tensor, of the tile
+  uint32_t lane, tile, part;
+  bool active;
+
+  __device__ __forceinline__ explicit RowsThread(const Rows& s) {
+    tile = blockIdx.x % s.tiles;
+    part = blockIdx.x / s.tiles;
+    lane = threadIdx.x / s.tile;
+    slot = threadIdx.x % s.tile;
+    column = tile * s.tile + slot;
+    active = lane < s.lanes && column < s.columns;
+  }
+};
+
+// One thread's place among the planes of one channel.
+struct PlanesBlock {
+  uint32_t channel, part;
+  uint32_t begin, end;  // units of the channel
+
+  __device__ __forceinline__ explicit PlanesBlock(const Planes& s) {
+    channel = blockIdx.x % s.channels;
+    part = blockIdx.x / s.channels;
+    begin = part_begin(s.units_per_channel, part, s.parts);
+    end = part_begin(s.units_per_channel, part + 1, s.parts);
+  }
+};
+
+// A unit of memory and the values of it that belong to the channel: none if the plane touches fewer units.
+struct PlaneUnit {
+  uint32_t unit;
+  Span span;
+
+  __device__ __forceinline__ PlaneUnit(const Planes& s, uint32_t channel, uint32_t number) {
+    const uint32_t plane = uint32_t(divide(number, s.by_units));
+    const uint64_t first_value = (uint64_t(plane) * s.channels + channel) * s.inner;
+    unit = uint32_t(first_value / kUnit) + (number - plane * s.units_per_plane);
+    const int64_t begin = int64_t(first_value) - int64_t(unit) * kUnit;
+    const int64_t end = begin + int64_t(s.inner);
+    span = {begin > 0 ? int(begin) : 0, end < kUnit ? int(end) : kUnit};
+  }
+};
+
+// Merges `sums` of all lanes of a slot into lane 0, as a tree of fixed shape. All threads of the block call it; a
+// slot's thread is `lane * slots + slot`. With kValues sums in each thread, slots * lanes must not exceed kMaxThreads.
+template <class Sums, int kValues>
+__device__ __forceinline__ void merge_lanes(Sums (&sums)[kValues], uint32_t lane, uint32_t lanes, uint32_t slot,
+                                            uint32_t slots, bool active) {
+  BNFUSED_SHARED(Sums, others, [kValues][kMaxThreads / 2]);
+  for (uint32_t n = lanes; n > 1;) {
+    const uint32_t half = (n + 1) / 2;
+    if (active && lane >= half && lane < n) {
+#pragma unroll
+      for (int k = 0; k < kValues; ++k) others[k][(lane - half) * slots + slot] = sums[k];
+    }
+    __syncthreads();
+    if (active && lane + half < n) {
+#pragma unroll
+      for (int k = 0; k < kValues; ++k) sums[k].merge(others[k][lane * slots + slot]);
+    }
+    __syncthreads();  // the next round writes what this one reads
+    n = half;
+  }
+}
+
+// Merges one sum of each thread of the block into thread 0.
+template <class Sums>
+__device__ __forceinline__ void merge_block(Sums& sums) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) sums.merge(shuffle_xor(sums, lanes));
+  Sums of_warp[1] = {sums};
+  merge_lanes(of_warp, threadIdx.x / 32, blockDim.x / 32, 0, 1, threadIdx.x % 32 == 0);
+  sums = of_warp[0];
+}
+
+// Whether this block is the last of `blocks` to come here; if so, it sees what the others wrote before. The ticket is
+// back at 0 then. Thread 0 alone fences, between barriers, as cooperative groups' grid barrier does it.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
+  BNFUSED_SHARED(bool, last);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(ticket, blocks - 1) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// A partial sum that another block has written.
+template <class Sums>
+__device__ __forceinline__ Sums load_partial(const Sums* p) {
+  static_assert(sizeof(Sums) % sizeof(unsigned long long) == 0);
+  unsigned long long words[sizeof(Sums) / sizeof(unsigned long long)];
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(Sums) / sizeof(unsigned long long); ++i) {
+    words[i] = load_from_other_block(reinterpret_cast<const unsigned long long*>(p) + i);
+  }
+  Sums sums;
+  memcpy(&sums, words, sizeof(Sums));
+  return sums;
+}
+
+// Merges the partial sums of `channels` channels and hands them to `finish(channel, sums)`. The threads of the block
+// share out the channels, and where they are fewer, the `partials` of each. `load(channel, i)` is partial i.
+template <class Sums, class Load, class Finish>
+__device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t partials, Load load, Finish finish) {
+  const uint32_t at_once = channels < blockDim.x ? channels : blockDim.x;
+  const uint32_t lanes = blockDim.x / at_once;
+  const uint32_t lane = threadIdx.x / at_once;
+  for (uint32_t base = 0; base < channels; base += at_once) {
+    const uint32_t slot = threadIdx.x % at_once;
+    const bool active = lane < lanes && base + slot < channels;
+    Sums sums[1] = {};
+    if (active) {
+      for (uint32_t i = lane; i < partials; i += lanes) sums[0].merge(load(base + slot, i));
+    }
+    merge_lanes(sums, lane, lanes, slot, at_once, active);
+    if (active && lane == 0) finish(base + slot, sums[0]);
+  }
+}
+
+// Rows, a tile split over blocks: each has its sums in `partials`; the last of a domain hands the merged sums of each
+// channel to `finish(channel, sums)`. Whether this block was that one.
+template <class Sums, class Finish>
+__device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* partials, unsigned* tickets, const Rows& s,
+                                            const RowsThread& thread, Finish finish) {
+  const int64_t columns = int64_t(s.columns) * kUnit;
+  if (thread.active && thread.lane == 0) {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) partials[thread.part * columns + thread.column * kUnit + k] = sums[k];
+  }
+  const bool one_domain = s.domains() == 1;
+  if (!is_last_block(tickets + (one_domain ? 0 : thread.tile), s.blocks() / s.domains())) return false;
+  const uint32_t first = one_domain ? 0 : thread.tile * s.tile * kUnit;
+  const uint32_t left = s.channels - first, most = one_domain ? left : s.tile * kUnit;
+  const auto load = [&](uint32_t c, uint32_t i) {
+    return load_partial(partials + i / s.copies * columns + first + c + i % s.copies * s.channels);
+  };
+  merge_partials<Sums>(left < most ? left : most, s.parts * s.copies, load,
+                       [&](uint32_t c, const Sums& all) { finish(first + c, all); });
+  return true;
+}
+
+// Rows, a tile in one block: the same through `of_columns`, kUnit * tile sums in shared memory. What `finish` wrote is
+// there for the whole block afterwards.
+template <class Sums, class Finish>
+__device__ __forceinline__ void finish_tile(const Sums (&sums)[kUnit], Sums* of_columns, const Rows& s,
+                                            const RowsThread& thread, Finish finish) {
+  if (thread.active && thread.lane == 0) {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) of_columns[thread.slot * kUnit + k] = sums[k];
+  }
+  __syncthreads();
+  const uint32_t first = s.copies == 1 ? thread.tile * s.tile * kUnit : 0;
+  const uint32_t left = s.channels - first, most = s.tile * kUnit;
+  const auto load = [&](uint32_t c, uint32_t copy) { return of_columns[c + copy * s.channels]; };
+  merge_partials<Sums>(left < most ? left : most, s.copies, load,
+                       [&](uint32_t c, const Sums& all) { finish(first + c, all); });
+  __syncthreads();
+}
+
+// Planes, a channel split over blocks: as finish_rows; thread 0 has the block's sums.
+template <class Sums, class Finish>
+__device__ __forceinline__ bool finish_channel(const Sums& sums, Sums* partials, unsigned* tickets, const Planes& s,
+                                               const PlanesBlock& block, Finish finish) {
+  if (threadIdx.x == 0) partials[int64_t(block.part) * s.channels + block.channel] = sums;
+  if (!is_last_block(tickets + block.channel, s.parts)) return false;
+  const auto load = [&](uint32_t, uint32_t i) {
+    return load_partial(partials + int64_t(i) * s.channels + block.channel);
+  };
+  merge_partials<Sums>(1, s.parts, load, [&](uint32_t, const Sums& all) { finish(block.channel, all); });
+  return true;
+}
+
+}  // namespace bnfused

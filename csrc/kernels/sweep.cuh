@@ -1,0 +1,152 @@
+// The pass over a tensor that applies: every unit is visited once, last-read first, with the constants of its channels.
+//
+// A Body says what happens to a unit:
+//   Constants                                 what it needs to know of a channel
+//   Loaded                                    a unit's values, while several are on their way
+//   load(Loaded&, unit, span)
+//   store(Loaded&, unit, span, constants_of)  constants_of(k) are the Constants of value k
+// and `constants(channel, owns)` makes the Constants; `owns` is true in one block for each channel, which may then
+// write what belongs to the channel.
+#pragma once
+#include "kernels/layout.cuh"
+
+namespace bnfused {
+
+// Loads that a thread of a sweep starts before it uses the first. More threads fit than in a reduction.
+template <class T>
+constexpr int kLoadsOfSweep = sizeof(T) == 2   ? 4
+                              : sizeof(T) == 4 ? 2
+                                               : 1;
+
+// Rows of a column, given the constants of its 8 values.
+template <class T, class Body>
+__device__ __forceinline__ void sweep_column(const Body& body, int64_t numel, const Rows& s, const RowsThread& thread,
+                                             const typename Body::Constants (&own)[kUnit]) {
+  constexpr int kLoads = kLoadsOfSweep<T>;
+  if (!thread.active) return;
+  const auto constants_of = [&](int k) { return own[k]; };
+  const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
+  const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
+  const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
+  // Rows of this thread, counted from the last.
+  const uint32_t rows = end > begin + thread.lane ? (end - begin - thread.lane + s.lanes - 1) / s.lanes : 0;
+  for (uint32_t done = 0; done < rows; done += kLoads) {
+    typename Body::Loaded loaded[kLoads];
+    uint32_t unit[kLoads];
+    bool has[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      has[i] = done + i < rows;
+      const uint32_t row = begin + thread.lane + (rows - 1 - done - i) * s.lanes;
+      unit[i] = row * s.columns + thread.column;
+      has[i] = has[i] && unit[i] < units;
+      if (has[i]) body.load(loaded[i], unit[i], span_of(unit[i], numel));
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (has[i]) body.store(loaded[i], unit[i], span_of(unit[i], numel), constants_of);
+    }
+  }
+}
+
+// The constants of a thread's column. The block makes those of its tile together, in `table`: kUnit * tile of them. All
+// threads call it; what was in the table must not be needed any more.
+template <class Constants, class MakeConstants>
+__device__ __forceinline__ void constants_of_column(Constants* table, const Rows& s, const RowsThread& thread,
+                                                    MakeConstants constants, Constants (&own)[kUnit]) {
+  const uint32_t first = thread.tile * s.tile * kUnit;
+  for (uint32_t i = threadIdx.x; i < s.tile * kUnit && first + i < s.columns * kUnit; i += blockDim.x) {
+    const uint32_t column = first + i;
+    const bool owns = thread.part == 0 && column < s.channels;
+    table[i] = constants(s.copies == 1 ? column : column % s.channels, owns);
+  }
+  __syncthreads();
+  if (thread.active) {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) own[k] = table[thread.slot * kUnit + k];
+  }
+}
+
+template <class T, class Body, class MakeConstants>
+__device__ __forceinline__ void sweep_rows(const Body& body, int64_t numel, const Rows& s, MakeConstants constants) {
+  using Constants = typename Body::Constants;
+  BNFUSED_DYNAMIC_SHARED(Constants, table);
+  const RowsThread thread(s);
+  Constants own[kUnit];
+  constants_of_column(table, s, thread, constants, own);
+  sweep_column<T>(body, numel, s, thread, own);
+}
+
+// A block's units, in memory order, of whatever planes they are.
+template <class T, class Body, class MakeConstants>
+__device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, const Flat& s, MakeConstants constants) {
+  using Constants = typename Body::Constants;
+  constexpr int kLoads = kLoadsOfSweep<T>;
+  BNFUSED_DYNAMIC_SHARED(Constants, table);
+  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // the end of the tensor was read last
+  const uint32_t begin = block * s.units_per_block;
+  const uint32_t end = s.units - begin < s.units_per_block ? s.units : begin + s.units_per_block;
+  const uint64_t first_value = uint64_t(begin) * kUnit;
+  const uint64_t end_value = uint64_t(end) * kUnit < uint64_t(numel) ? uint64_t(end) * kUnit : uint64_t(numel);
+  const uint64_t first_plane = divide(first_value, s.by_inner);
+  const uint32_t planes = uint32_t(divide(end_value - 1, s.by_inner) - first_plane) + 1;
+  for (uint32_t i = threadIdx.x; i < planes; i += blockDim.x) {
+    const uint64_t plane = first_plane + i;
+    const uint64_t channel = plane - divide(plane, s.by_channels) * s.channels;
+    table[i] = constants(uint32_t(channel), plane < s.channels && plane * s.inner >= first_value);
+  }
+  __syncthreads();
+  for (uint32_t unit = begin + threadIdx.x; unit < end; unit += kLoads * blockDim.x) {
+    typename Body::Loaded loaded[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t u = unit + i * blockDim.x;
+      if (u < end) body.load(loaded[i], u, span_of(u, numel));
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t u = unit + i * blockDim.x;
+      if (u >= end) continue;
+      const uint64_t value = uint64_t(u) * kUnit;
+      const uint64_t plane = divide(value, s.by_inner);
+      const uint64_t place = value - plane * s.inner;  // in the plane
+      const Constants* of_unit = table + (plane - first_plane);
+      if (place + kUnit <= s.inner) {
+        const Constants one = *of_unit;
+        body.store(loaded[i], u, span_of(u, numel), [&](int) { return one; });
+      } else {
+        const auto constants_of = [&](int k) {
+          const uint64_t at = place + k;
+          return of_unit[at < s.inner ? 0 : (at < 2 * s.inner ? 1 : uint32_t(at) / uint32_t(s.inner))];
+        };
+        body.store(loaded[i], u, span_of(u, numel), constants_of);
+      }
+    }
+  }
+}
+
+// All units of one channel, by the block that has them all.
+template <class T, class Body>
+__device__ __forceinline__ void sweep_channel(const Body& body, const Planes& s, const PlanesBlock& block,
+                                              const typename Body::Constants& constants) {
+  constexpr int kLoads = kLoadsOfSweep<T>;
+  const uint32_t units = block.end - block.begin;
+  const auto constants_of = [&](int) { return constants; };
+  for (uint32_t done = threadIdx.x; done < units; done += kLoads * blockDim.x) {
+    typename Body::Loaded loaded[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (done + i * blockDim.x >= units) continue;
+      const PlaneUnit at(s, block.channel, block.end - 1 - done - i * blockDim.x);
+      if (!at.span.empty()) body.load(loaded[i], at.unit, at.span);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (done + i * blockDim.x >= units) continue;
+      const PlaneUnit at(s, block.channel, block.end - 1 - done - i * blockDim.x);
+      if (!at.span.empty()) body.store(loaded[i], at.unit, at.span, constants_of);
+    }
+  }
+}
+
+}  // namespace bnfused

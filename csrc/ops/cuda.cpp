@@ -1,0 +1,131 @@
+// The ops on CUDA tensors: device, stream, plan, workspace, status. Only what c10 says of any device: no header of
+// torch's CUDA libraries, so that the extension compiles, links and loads beside a torch without them.
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <cuda_runtime_api.h>
+#include <torch/library.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "ops/ops.h"
+
+namespace {
+
+using namespace bnfused;
+
+void check(cudaError_t status, const char* op) {
+  TORCH_CHECK(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status), " (", cudaGetErrorName(status),
+              ")");
+}
+
+// Asked once for each device: an attribute costs a microsecond.
+const DeviceLimits& limits_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "bnfused");
+    return value;
+  };
+  const int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  return known[device] = {attribute(cudaDevAttrMultiProcessorCount), capability};
+}
+
+// Where a call runs. The current device is that of x for as long as this lives.
+struct Call {
+  explicit Call(const char* op_, c10::Device device_)
+      : op(op_), device(device_), guard(device_), limits(limits_of(device_.index())) {
+    const c10::impl::VirtualGuardImpl impl(device.type());
+    stream = static_cast<cudaStream_t>(impl.getStream(device).native_handle());
+  }
+
+  const char* op;
+  c10::Device device;
+  c10::DeviceGuard guard;
+  const DeviceLimits& limits;
+  cudaStream_t stream;
+};
+
+// Counters that are 0 between launches. Launches on one stream follow each other and share them; launches on two may
+// overlap and must not. While a graph is captured they are the graph's own, cleared whenever it is replayed: it may be
+// replayed on any stream.
+at::Tensor tickets_for(const Call& call, int64_t count) {
+  const auto options = at::TensorOptions().dtype(at::kInt).device(call.device);
+  cudaStreamCaptureStatus capture;
+  check(cudaStreamIsCapturing(call.stream, &capture), call.op);
+  if (capture != cudaStreamCaptureStatusNone) return at::zeros({count}, options);
+
+  static std::mutex mutex;
+  static auto& kept = *new std::map<std::pair<int, cudaStream_t>, at::Tensor>;  // outlives the CUDA context on purpose
+  const std::lock_guard<std::mutex> lock(mutex);
+  at::Tensor& tickets = kept[{call.device.index(), call.stream}];
+  if (!tickets.defined() || tickets.numel() < count) {
+    constexpr int64_t kAtLeast = 4096;  // 16 KiB: no network's layer asks for more
+    tickets = at::zeros({std::max(count, kAtLeast)}, options);
+  }
+  return tickets;
+}
+
+void check_fits(const Problem& p, const char* op) {
+  TORCH_CHECK(fits(p), op, ": expected at most 2^34 values, got ", p.outer, " x ", p.channels, " x ", p.inner);
+}
+
+// Every argument struct has x's problem and lies on x's device, which ops.h has checked; `x` says which.
+struct Workspaces {
+  Workspaces(const Call& call, const Plan& plan, const Problem& p) {
+    partials = at::empty({cuda::workspace_bytes(plan, p)}, at::TensorOptions().dtype(at::kByte).device(call.device));
+    if (plan.tickets > 0) tickets = tickets_for(call, plan.tickets);
+  }
+
+  cuda::Workspace get() const {
+    return {partials.mutable_data_ptr(),
+            tickets.defined() ? static_cast<unsigned*>(tickets.mutable_data_ptr()) : nullptr};
+  }
+
+  at::Tensor partials, tickets;
+};
+
+struct Cuda {
+  static void batch_norm_train(const TrainArgs& args, c10::Device device) {
+    const Call call("bnfused::batch_norm_train", device);
+    check_fits(args.problem, call.op);
+    const Plan plan = plan_train(args.problem, cuda::request_of(args), call.limits);
+    const Workspaces workspaces(call, plan, args.problem);
+    check(cuda::batch_norm_train(args, plan, workspaces.get(), call.stream), call.op);
+  }
+
+  static void batch_norm_eval(const EvalArgs& args, c10::Device device) {
+    const Call call("bnfused::batch_norm_eval", device);
+    check_fits(args.problem, call.op);
+    const Plan plan = plan_eval(args.problem, cuda::request_of(args), call.limits);
+    check(cuda::batch_norm_eval(args, plan, call.stream), call.op);
+  }
+
+  static void batch_norm_backward(const BackwardArgs& args, c10::Device device) {
+    const Call call("bnfused::batch_norm_backward", device);
+    check_fits(args.problem, call.op);
+    const Plan plan = plan_backward(args.problem, cuda::request_of(args), call.limits);
+    const Workspaces workspaces(call, plan, args.problem);
+    check(cuda::batch_norm_backward(args, plan, workspaces.get(), call.stream), call.op);
+  }
+
+  static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bnfused, CUDA, m) {
+  m.impl("batch_norm_train", bnfused::ops::batch_norm_train<Cuda>);
+  m.impl("batch_norm_frozen", bnfused::ops::batch_norm_frozen<Cuda>);
+  m.impl("batch_norm_eval", bnfused::ops::batch_norm_eval<Cuda>);
+  m.impl("batch_norm_backward", bnfused::ops::batch_norm_backward<Cuda>);
+}
