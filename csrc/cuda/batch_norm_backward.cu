@@ -15,13 +15,13 @@ using Constants = GradAffine<Accumulate<T>>;
 template <class T, class Activation>
 GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Workspace workspace,
                                   Activation activation) {
-  GradArgs<T, Activation> g{
-      {static_cast<const T*>(args.grad_y), static_cast<const T*>(args.x), static_cast<const T*>(args.residual),
-       args.mask, static_cast<T*>(args.grad_x), static_cast<T*>(args.grad_residual), plan.wide, activation},
-      {},
-      args.problem.numel(),
-      nullptr,
-      workspace.tickets};
+  GradArgs<T, Activation> g{{static_cast<const T*>(args.grad_y), static_cast<const T*>(args.x),
+                             static_cast<const T*>(args.residual), args.mask, static_cast<T*>(args.grad_x),
+                             static_cast<T*>(args.grad_residual), args.training, plan.wide, activation},
+                            {},
+                            args.problem.numel(),
+                            nullptr,
+                            workspace.tickets};
   const bool waits = args.training && args.grad_x != nullptr;
   Slope* slopes = slopes_of(workspace);
   g.constants = {args.weight,

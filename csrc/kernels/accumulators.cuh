@@ -29,6 +29,9 @@ struct Moments {
   }
 };
 
+// A run ends after this many times the loads that a thread starts together: 64 values of 2 bytes.
+constexpr int kStepsOfRun = 16;
+
 // A short run of values, as differences from its shift.
 template <class A>
 struct Run {
@@ -65,6 +68,11 @@ __device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
 // Sums over the values of a channel of g and of g * (x - mean), where g is the gradient before the activation.
 struct GradSums {
   double g = 0, g_d = 0;
+
+  __device__ __forceinline__ void add(double gradient, double d) {
+    g += gradient;
+    g_d = fma(gradient, d, g_d);
+  }
 
   __device__ __forceinline__ void merge(const GradSums& other) {
     g += other.g;

@@ -40,6 +40,7 @@ template <class T, class Activation>
 struct ForwardBody {
   using A = Accumulate<T>;
   using Constants = Affine<A>;
+  static constexpr int kLoads = Activation::template kLoads<T>;
   struct Loaded {
     Pack<T> x, residual;
   };
@@ -57,15 +58,18 @@ struct ForwardBody {
 
   template <class ConstantsOf>
   __device__ __forceinline__ void store(Loaded& loaded, uint32_t unit, Span span, ConstantsOf constants_of) const {
+    A z[kUnit];
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) {
+      z[k] = constants_of(k)(to_accumulate(loaded.x.v[k]));
+      if (residual != nullptr) z[k] += to_accumulate(loaded.residual.v[k]);
+    }
+    activation.template activate<T>(z);
     unsigned bits = 0;
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
-      if (!span.has(k)) continue;
-      A z = constants_of(k)(to_accumulate(loaded.x.v[k]));
-      if (residual != nullptr) z += to_accumulate(loaded.residual.v[k]);
-      const T value = from_accumulate<T>(activation.template value<T>(z));
-      loaded.x.v[k] = value;
-      bits |= unsigned(!(to_accumulate(value) <= 0)) << k;
+      loaded.x.v[k] = from_accumulate<T>(z[k]);
+      bits |= unsigned(span.has(k) && !(to_accumulate(loaded.x.v[k]) <= 0)) << k;
     }
     store_unit(y + int64_t(unit) * kUnit, loaded.x, span, wide);
     if (mask != nullptr) store_global(mask + unit, uint8_t(bits));
@@ -73,15 +77,15 @@ struct ForwardBody {
 };
 
 template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_apply_rows(ForwardBody<T, Activation> body, ForwardConstants constants, int64_t numel, Rows s) {
-  sweep_rows<T>(body, numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
+  sweep_rows(body, numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
 }
 
 template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_apply_planes(ForwardBody<T, Activation> body, ForwardConstants constants, int64_t numel, Flat s) {
-  sweep_flat<T>(body, numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
+  sweep_flat(body, numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
 }
 
 }  // namespace bnfused

@@ -50,15 +50,15 @@ struct BackwardConstants {
     slopes[c] = {slope, -scale_per_value * sums.g - rest * slope};
   }
 
-  // Before the sums are known.
+  // What is known before the sums are.
   template <class A>
-  __device__ __forceinline__ GradAffine<A> recompute(int64_t c) const {
-    return {Affine<A>(mean[c], invstd[c], read(weight, c, 1), read(bias, c, 0)), 0, 0};
+  __device__ __forceinline__ Affine<A> forward(int64_t c) const {
+    return Affine<A>(mean[c], invstd[c], read(weight, c, 1), read(bias, c, 0));
   }
 
   template <class A>
   __device__ __forceinline__ GradAffine<A> get(int64_t c) const {
-    GradAffine<A> all = recompute<A>(c);
+    GradAffine<A> all = {forward<A>(c), 0, 0};
     if (slopes != nullptr) {
       all.slope = A(slopes[c].slope);
       all.offset = A(slopes[c].offset);
@@ -71,6 +71,8 @@ template <class T, class Activation>
 struct BackwardBody {
   using A = Accumulate<T>;
   using Constants = GradAffine<A>;
+  static constexpr int kLoadsOfReduce = Activation::template kLoads<T>;
+  static constexpr int kLoads = (kLoadsOfReduce + 1) / 2;  // of two tensors
   struct Loaded {
     Pack<T> grad_y, x, residual;
     unsigned mask;
@@ -79,6 +81,7 @@ struct BackwardBody {
   const T *grad_y, *x, *residual;  // residual: only where the activation is recomputed with it
   const uint8_t* mask;
   T *grad_x, *grad_residual;  // each or nullptr
+  bool training;              // else slope and offset are not looked at: 0 * infinity would be NaN
   bool wide;
   Activation activation;
 
@@ -92,33 +95,54 @@ struct BackwardBody {
     if constexpr (Activation::kMasked) loaded.mask = load_global(mask + unit);
   }
 
-  __device__ __forceinline__ A gradient(const Loaded& loaded, int k, const Constants& constants) const {
-    const A g = to_accumulate(loaded.grad_y.v[k]);
-    if constexpr (Activation::kMasked) {
-      return loaded.mask >> k & 1 ? g : A(0);
-    } else if constexpr (Activation::kNeedsZ) {
-      A z = constants.forward(to_accumulate(loaded.x.v[k]));
-      if (residual != nullptr) z += to_accumulate(loaded.residual.v[k]);
-      return activation.template gradient<T>(g, z);
-    } else {
-      return g;
+  // g and d of every value.
+  template <class ConstantsOf>
+  __device__ __forceinline__ void differentiate(const Loaded& loaded, ConstantsOf constants_of, A (&g)[kUnit],
+                                                A (&d)[kUnit]) const {
+    A z[kUnit];
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) {
+      const Constants c = constants_of(k);
+      g[k] = to_accumulate(loaded.grad_y.v[k]);
+      const A x_k = to_accumulate(loaded.x.v[k]);
+      d[k] = x_k - c.forward.mean;
+      if constexpr (Activation::kMasked) {
+        g[k] = loaded.mask >> k & 1 ? g[k] : A(0);
+      } else if constexpr (Activation::kNeedsZ) {
+        z[k] = c.forward(x_k);
+        if (residual != nullptr) z[k] += to_accumulate(loaded.residual.v[k]);
+      }
+    }
+    if constexpr (Activation::kNeedsZ) activation.template differentiate<T>(g, z);
+  }
+
+  template <class ConstantsOf>
+  __device__ __forceinline__ void write(uint32_t unit, Span span, const A (&g)[kUnit], const A (&d)[kUnit],
+                                        ConstantsOf constants_of) const {
+    const int64_t at = int64_t(unit) * kUnit;
+    Pack<T> pack;
+    if (grad_x != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) {
+        const Constants c = constants_of(k);
+        const A given = g[k] * c.forward.scale;
+        pack.v[k] = from_accumulate<T>(training ? given + fma(d[k], c.slope, c.offset) : given);
+      }
+      store_unit(grad_x + at, pack, span, wide);
+    }
+    if (grad_residual != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) pack.v[k] = from_accumulate<T>(g[k]);
+      store_unit(grad_residual + at, pack, span, wide);
     }
   }
 
   template <class ConstantsOf>
-  __device__ __forceinline__ void store(Loaded& loaded, uint32_t unit, Span span, ConstantsOf constants_of) const {
-#pragma unroll
-    for (int k = 0; k < kUnit; ++k) {
-      if (!span.has(k)) continue;
-      const Constants c = constants_of(k);
-      const A g = gradient(loaded, k, c);
-      const A d = to_accumulate(loaded.x.v[k]) - c.forward.mean;
-      loaded.grad_y.v[k] = from_accumulate<T>(g);
-      loaded.x.v[k] = from_accumulate<T>(fma(g, c.forward.scale, fma(d, c.slope, c.offset)));
-    }
-    const int64_t at = int64_t(unit) * kUnit;
-    if (grad_x != nullptr) store_unit(grad_x + at, loaded.x, span, wide);
-    if (grad_residual != nullptr) store_unit(grad_residual + at, loaded.grad_y, span, wide);
+  __device__ __forceinline__ void store(const Loaded& loaded, uint32_t unit, Span span,
+                                        ConstantsOf constants_of) const {
+    A g[kUnit], d[kUnit];
+    differentiate(loaded, constants_of, g, d);
+    write(unit, span, g, d, constants_of);
   }
 };
 
@@ -133,25 +157,24 @@ struct GradRun {
   }
 };
 
-template <class T>
-constexpr int kLoadsOfBackward = kLoadsOfReduce<T> / 2;  // of two tensors
-
 // Sums of the 8 values of one column, over the thread's rows. `write`: the gradients of the tensors need no sums, and
 // are written on the way.
-template <class T, class Body>
+template <class Body>
 __device__ __forceinline__ void column_grad_sums(const Body& body, int64_t numel, const Rows& s,
-                                                 const RowsThread& thread, const typename Body::Constants (&own)[kUnit],
-                                                 bool write, GradSums (&total)[kUnit]) {
-  using A = Accumulate<T>;
-  constexpr int kLoads = kLoadsOfBackward<T>;
+                                                 const RowsThread& thread,
+                                                 const ColumnConstants<Affine<typename Body::A>>& forward, bool write,
+                                                 GradSums (&total)[kUnit]) {
+  using A = typename Body::A;
+  constexpr int kLoads = Body::kLoadsOfReduce;
+  constexpr bool kInRuns = sizeof(A) < sizeof(double);  // else the sums are as wide as a run would be
   if (!thread.active) return;
-  const auto constants_of = [&](int k) { return own[k]; };
+  const auto constants_of = [&](int k) { return typename Body::Constants{forward(k), 0, 0}; };
   const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
   const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
   uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane;
   while (row < end) {
-    GradRun<A> run[kUnit];
-    for (int step = 0; step < kLoadsOfRun<T> && row < end; ++step) {
+    GradRun<A> run[kInRuns ? kUnit : 1];
+    for (int step = 0; step < kStepsOfRun && row < end; ++step) {
       typename Body::Loaded loaded[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
@@ -164,29 +187,36 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, int64_t numel
         const uint32_t unit = row * s.columns + thread.column;
         if (row < end && unit < units) {
           const Span span = span_of(unit, numel);
+          A g[kUnit], d[kUnit];
+          body.differentiate(loaded[i], constants_of, g, d);
 #pragma unroll
           for (int k = 0; k < kUnit; ++k) {
-            if (span.has(k)) {
-              run[k].add(body.gradient(loaded[i], k, own[k]), to_accumulate(loaded[i].x.v[k]) - own[k].forward.mean);
+            if (!span.has(k)) continue;
+            if constexpr (kInRuns) {
+              run[k].add(g[k], d[k]);
+            } else {
+              total[k].add(g[k], d[k]);
             }
           }
-          if (write) body.store(loaded[i], unit, span, constants_of);
+          if (write) body.write(unit, span, g, d, constants_of);
         }
         row += s.lanes;
       }
     }
+    if constexpr (kInRuns) {
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) total[k].merge({double(run[k].g), double(run[k].g_d)});
+      for (int k = 0; k < kUnit; ++k) total[k].merge({double(run[k].g), double(run[k].g_d)});
+    }
   }
 }
 
 // Sums of a channel over the thread's units of its planes.
-template <class T, class Body>
+template <class Body>
 __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Planes& s, const PlanesBlock& block,
-                                                    const typename Body::Constants& constants, bool write) {
-  using A = Accumulate<T>;
-  constexpr int kLoads = kLoadsOfBackward<T>;
-  const auto constants_of = [&](int) { return constants; };
+                                                    const Affine<typename Body::A>& forward, bool write) {
+  using A = typename Body::A;
+  constexpr int kLoads = Body::kLoadsOfReduce;
+  const auto constants_of = [&](int) { return typename Body::Constants{forward, 0, 0}; };
   GradSums total;
   for (uint32_t first = block.begin + threadIdx.x; first < block.end; first += kLoads * blockDim.x) {
     typename Body::Loaded loaded[kLoads];
@@ -202,13 +232,13 @@ __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Plan
       if (first + i * blockDim.x >= block.end) continue;
       const PlaneUnit at(s, block.channel, first + i * blockDim.x);
       if (at.span.empty()) continue;
+      A g[kUnit], d[kUnit];
+      body.differentiate(loaded[i], constants_of, g, d);
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) {
-        if (at.span.has(k)) {
-          run.add(body.gradient(loaded[i], k, constants), to_accumulate(loaded[i].x.v[k]) - constants.forward.mean);
-        }
+        if (at.span.has(k)) run.add(g[k], d[k]);
       }
-      if (write) body.store(loaded[i], at.unit, at.span, constants_of);
+      if (write) body.write(at.unit, at.span, g, d, constants_of);
     }
     total.merge({double(run.g), double(run.g_d)});
   }
@@ -228,70 +258,70 @@ template <class T, class Activation>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     batch_norm_backward_reduce_rows(GradArgs<T, Activation> args, bool write, Rows s) {
   using A = Accumulate<T>;
-  BNFUSED_DYNAMIC_SHARED(GradAffine<A>, table);
+  BNFUSED_DYNAMIC_SHARED(Affine<A>, table);
   const RowsThread thread(s);
-  GradAffine<A> own[kUnit];
-  constants_of_column(table, s, thread, [&](uint32_t c, bool) { return args.constants.template recompute<A>(c); }, own);
+  const ColumnConstants<Affine<A>> forward(table, s, thread,
+                                           [&](uint32_t c, bool) { return args.constants.template forward<A>(c); });
   GradSums sums[kUnit];
-  column_grad_sums<T>(args.body, args.numel, s, thread, own, write, sums);
+  column_grad_sums(args.body, args.numel, s, thread, forward, write, sums);
   merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
   finish_rows(sums, args.partials, args.tickets, s, thread,
               [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
 }
 
 template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_backward_reduce_planes(GradArgs<T, Activation> args, bool write, Planes s) {
   using A = Accumulate<T>;
   const PlanesBlock block(s);
-  const GradAffine<A> constants = args.constants.template recompute<A>(block.channel);
-  GradSums sums = plane_grad_sums<T>(args.body, s, block, constants, write);
+  const Affine<A> forward = args.constants.template forward<A>(block.channel);
+  GradSums sums = plane_grad_sums(args.body, s, block, forward, write);
   merge_block(sums);
   finish_channel(sums, args.partials, args.tickets, s, block,
                  [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
 }
 
 template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_backward_apply_rows(BackwardBody<T, Activation> body, BackwardConstants constants, int64_t numel,
                                    Rows s) {
-  sweep_rows<T>(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
+  sweep_rows(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
 }
 
 template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_backward_apply_planes(BackwardBody<T, Activation> body, BackwardConstants constants, int64_t numel,
                                      Flat s) {
-  sweep_flat<T>(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
+  sweep_flat(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
 }
 
 template <class T, class Activation>
 __global__ void __launch_bounds__(kMaxThreads, 1) batch_norm_backward_small_rows(GradArgs<T, Activation> args, Rows s) {
   using A = Accumulate<T>;
-  BNFUSED_DYNAMIC_SHARED(GradAffine<A>, table);  // kUnit * tile, and behind it as many sums
+  BNFUSED_DYNAMIC_SHARED(Affine<A>, table);  // kUnit * tile, and behind it as many sums
   GradSums* of_columns = reinterpret_cast<GradSums*>(table + kUnit * s.tile);
   const RowsThread thread(s);
-  GradAffine<A> own[kUnit];
-  constants_of_column(table, s, thread, [&](uint32_t c, bool) { return args.constants.template recompute<A>(c); }, own);
+  const ColumnConstants<Affine<A>> forward(table, s, thread,
+                                           [&](uint32_t c, bool) { return args.constants.template forward<A>(c); });
   GradSums sums[kUnit];
-  column_grad_sums<T>(args.body, args.numel, s, thread, own, false, sums);
+  column_grad_sums(args.body, args.numel, s, thread, forward, false, sums);
   merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
   finish_tile(sums, of_columns, s, thread,
               [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
-  sweep_rows<T>(args.body, args.numel, s, [&](uint32_t c, bool) { return args.constants.template get<A>(c); });
+  sweep_rows(args.body, args.numel, s, [&](uint32_t c, bool) { return args.constants.template get<A>(c); });
 }
 
 template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_backward_small_planes(GradArgs<T, Activation> args, Planes s) {
   using A = Accumulate<T>;
   const PlanesBlock block(s);
-  const GradAffine<A> constants = args.constants.template recompute<A>(block.channel);
-  GradSums sums = plane_grad_sums<T>(args.body, s, block, constants, false);
+  const Affine<A> forward = args.constants.template forward<A>(block.channel);
+  GradSums sums = plane_grad_sums(args.body, s, block, forward, false);
   merge_block(sums);
   if (threadIdx.x == 0) args.constants.template finish<A>(block.channel, sums);
   __syncthreads();  // slope and offset of the channel are written
-  sweep_channel<T>(args.body, s, block, args.constants.template get<A>(block.channel));
+  sweep_channel(args.body, s, block, args.constants.template get<A>(block.channel));
 }
 
 }  // namespace bnfused

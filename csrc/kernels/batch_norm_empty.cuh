@@ -26,7 +26,7 @@ __device__ __forceinline__ void finish_empty(const BackwardArgs& args, uint32_t 
 }
 
 template <class Args>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads)
     batch_norm_empty(Args args, uint32_t channels, int64_t* num_batches_tracked) {
   const uint32_t c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c < channels) finish_empty(args, c);

@@ -21,12 +21,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   column_moments(args.x, args.numel, args.wide, s, thread, sums);
   merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
   finish_tile(sums, of_columns, s, thread, [&](uint32_t c, const Sums& all) { args.finish(c, all); });
-  sweep_rows<T>(body, args.numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
+  sweep_rows(body, args.numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
   args.finish.count_batch(args.tickets, s.tiles);
 }
 
 template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_small_planes(StatsArgs<T> args, ForwardBody<T, Activation> body, ForwardConstants constants, Planes s) {
   using Sums = Moments<Accumulate<T>>;
   const PlanesBlock block(s);
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   merge_block(sums);
   if (threadIdx.x == 0) args.finish(block.channel, sums);
   __syncthreads();  // mean and invstd of the channel are written
-  sweep_channel<T>(body, s, block, constants.get<Accumulate<T>>(block.channel, false));
+  sweep_channel(body, s, block, constants.get<Accumulate<T>>(block.channel, false));
   args.finish.count_batch(args.tickets, s.channels);
 }
 

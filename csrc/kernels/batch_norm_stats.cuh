@@ -11,19 +11,12 @@
 
 namespace bnfused {
 
-// Loads that a thread of a reduction starts before it uses the first: 128 bytes.
-template <class T>
-constexpr int kLoadsOfReduce = 128 / int(sizeof(Pack<T>));
-// Values of a run beyond which it is merged: see accumulators.cuh.
-template <class T>
-constexpr int kLoadsOfRun = 8;
-
 // Moments of the 8 values of one column, over the thread's rows.
 template <class T>
 __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool wide, const Rows& s,
                                                const RowsThread& thread, Moments<Accumulate<T>> (&total)[kUnit]) {
   using A = Accumulate<T>;
-  constexpr int kLoads = kLoadsOfReduce<T>;
+  constexpr int kLoads = kLoadsAtOnce<T>;
   if (!thread.active) return;
   const uint32_t whole_units = uint32_t(numel / kUnit);
   // Rows of this column whose unit is whole.
@@ -34,7 +27,7 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
   while (row < end) {
     Run<A> run[kUnit];
     A count = 0;
-    for (int step = 0; step < kLoadsOfRun<T> && row < end; ++step) {
+    for (int step = 0; step < kStepsOfRun && row < end; ++step) {
       Pack<T> packs[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
@@ -84,7 +77,7 @@ template <class T>
 __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const T* x, bool wide, const Planes& s,
                                                                 const PlanesBlock& block) {
   using A = Accumulate<T>;
-  constexpr int kLoads = kLoadsOfReduce<T>;
+  constexpr int kLoads = kLoadsAtOnce<T>;
   Moments<A> total;
   for (uint32_t first = block.begin + threadIdx.x; first < block.end; first += kLoads * blockDim.x) {
     Pack<T> packs[kLoads];
@@ -174,7 +167,7 @@ struct StatsArgs {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads, 1) batch_norm_stats_rows(StatsArgs<T> args, Rows s) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>) batch_norm_stats_rows(StatsArgs<T> args, Rows s) {
   using Sums = Moments<Accumulate<T>>;
   const RowsThread thread(s);
   Sums sums[kUnit];
@@ -186,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) batch_norm_stats_rows(StatsArg
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads, 1) batch_norm_stats_planes(StatsArgs<T> args, Planes s) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>) batch_norm_stats_planes(StatsArgs<T> args, Planes s) {
   using Sums = Moments<Accumulate<T>>;
   const PlanesBlock block(s);
   Sums sums = plane_moments(args.x, args.wide, s, block);

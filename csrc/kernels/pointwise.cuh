@@ -1,6 +1,7 @@
-// What happens to one value, forward and backward: normalize, scale and shift, add, activate. Each activation is a type
-// with its value and its gradient side by side; values and gradients, ties included, are those of torch.nn.functional.
-// `gradient` selects and never multiplies by zero, so that an infinite grad_y does not leak through a closed ReLU.
+// What happens to a value, forward and backward: normalize, scale and shift, add, activate. Each activation is a type
+// with its value and its derivative side by side; values and gradients, ties included, are those of
+// torch.nn.functional. Gradients are selected and never multiplied by zero, so that an infinite grad_y does not leak
+// through a closed ReLU.
 #pragma once
 #include "batch_norm.h"
 #include "kernels/pack.cuh"
@@ -54,41 +55,41 @@ struct Affine {
   __device__ __forceinline__ A operator()(A x) const { return fma(centered(x), scale, bias); }
 };
 
-template <class A>
-__device__ __forceinline__ A relu(A z) {
-  return z <= 0 ? A(0) : z;  // NaN stays
-}
-
+// An activation works on the 8 values of a unit: z becomes the value, or g becomes g times the derivative at z. What
+// the unit does not own is computed like the rest, and dropped. kLoads is how many units of T a thread loads before it
+// uses the first.
 struct Identity {
   static constexpr bool kNeedsZ = false;
   static constexpr bool kMasked = false;
+  template <class T>
+  static constexpr int kLoads = kLoadsAtOnce<T>;
 
   explicit Identity(const Epilogue&) {}
 
   template <class T>
-  __device__ __forceinline__ Accumulate<T> value(Accumulate<T> z) const {
-    return z;
-  }
+  __device__ __forceinline__ void activate(Accumulate<T> (&)[kUnit]) const {}
   template <class T>
-  __device__ __forceinline__ Accumulate<T> gradient(Accumulate<T> g, Accumulate<T>) const {
-    return g;
-  }
+  __device__ __forceinline__ void differentiate(Accumulate<T> (&)[kUnit], const Accumulate<T> (&)[kUnit]) const {}
 };
 
 struct ReLU {
   static constexpr bool kNeedsZ = true;
   static constexpr bool kMasked = false;
+  template <class T>
+  static constexpr int kLoads = kLoadsAtOnce<T>;
 
   explicit ReLU(const Epilogue&) {}
 
   template <class T>
-  __device__ __forceinline__ Accumulate<T> value(Accumulate<T> z) const {
-    return relu(z);
+  __device__ __forceinline__ void activate(Accumulate<T> (&z)[kUnit]) const {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) z[k] = z[k] <= 0 ? Accumulate<T>(0) : z[k];  // NaN stays
   }
   // Flows exactly where the stored y is positive: a positive z may round to zero.
   template <class T>
-  __device__ __forceinline__ Accumulate<T> gradient(Accumulate<T> g, Accumulate<T> z) const {
-    return to_accumulate(from_accumulate<T>(z)) <= 0 ? Accumulate<T>(0) : g;
+  __device__ __forceinline__ void differentiate(Accumulate<T> (&g)[kUnit], const Accumulate<T> (&z)[kUnit]) const {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) g[k] = to_accumulate(from_accumulate<T>(z[k])) <= 0 ? Accumulate<T>(0) : g[k];
   }
 };
 
@@ -96,6 +97,8 @@ struct ReLU {
 struct MaskedReLU {
   static constexpr bool kNeedsZ = false;
   static constexpr bool kMasked = true;
+  template <class T>
+  static constexpr int kLoads = kLoadsAtOnce<T>;
 
   explicit MaskedReLU(const Epilogue&) {}
 };
@@ -105,19 +108,34 @@ __device__ __forceinline__ A sigmoid(A z) {
   return quotient(A(1), A(1) + exp(-z));
 }
 // The share of a standard normal below z.
-template <class A>
-__device__ __forceinline__ A normal_cdf(A z) {
-  return A(0.5) * (A(1) + erf(z * A(0.70710678118654752440)));
+__device__ __forceinline__ float normal_cdf(float z) { return 0.5f * (1 + erf(z * 0.70710678118654752440f)); }
+// A call: eight of them side by side would take more registers than a thread has.
+static __device__ __attribute__((noinline)) double normal_cdf(double z) {
+  return 0.5 * (1 + erf(z * 0.70710678118654752440));
 }
 template <class A>
 __device__ __forceinline__ A clamp(A z, A low, A high) {
   return z < low ? low : (z > high ? high : z);  // NaN stays
 }
 
-// The activations that are not worth a kernel of their own: chosen while running.
+template <class A, class F>
+__device__ __forceinline__ void for_each_value(A (&values)[kUnit], F f) {
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) values[k] = f(values[k]);
+}
+template <class A, class F>
+__device__ __forceinline__ void for_each_value(A (&values)[kUnit], const A (&at)[kUnit], F f) {
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) values[k] = f(values[k], at[k]);
+}
+
+// The activations that are not worth a kernel of their own: chosen while running, once for a unit. One unit at a time,
+// for every place where they are inlined is 2,000 instructions.
 struct AnyActivation {
   static constexpr bool kNeedsZ = true;
   static constexpr bool kMasked = false;
+  template <class T>
+  static constexpr int kLoads = 1;
 
   Activation activation;
   double param;
@@ -125,67 +143,71 @@ struct AnyActivation {
   explicit AnyActivation(const Epilogue& epilogue) : activation(epilogue.activation), param(epilogue.param) {}
 
   template <class T>
-  __device__ __forceinline__ Accumulate<T> value(Accumulate<T> z) const {
+  __device__ __forceinline__ void activate(Accumulate<T> (&values)[kUnit]) const {
     using A = Accumulate<T>;
+    const A parameter = A(param);
     switch (activation) {
       case Activation::kIdentity:
-        return z;
-      case Activation::kReLU:
-        return relu(z);
+      case Activation::kReLU:  // have kernels of their own
+        break;
       case Activation::kReLU6:
-        return clamp(z, A(0), A(6));
+        return for_each_value(values, [](A z) { return clamp(z, A(0), A(6)); });
       case Activation::kLeakyReLU:
-        return z > 0 ? z : z * A(param);
+        return for_each_value(values, [=](A z) { return z > 0 ? z : z * parameter; });
       case Activation::kELU:
-        return z > 0 ? z : A(param) * expm1(z);
+        return for_each_value(values, [=](A z) { return z > 0 ? z : parameter * expm1(z); });
       case Activation::kSiLU:
-        return quotient(z, A(1) + exp(-z));
+        return for_each_value(values, [](A z) { return quotient(z, A(1) + exp(-z)); });
       case Activation::kGELU:
-        return z * normal_cdf(z);
+        return for_each_value(values, [](A z) { return z * normal_cdf(z); });
       case Activation::kHardswish:
-        return z * clamp(z + A(3), A(0), A(6)) * A(1.0 / 6);
+        return for_each_value(values, [](A z) { return z * clamp(z + A(3), A(0), A(6)) * A(1.0 / 6); });
       case Activation::kSigmoid:
-        return sigmoid(z);
+        return for_each_value(values, [](A z) { return sigmoid(z); });
       case Activation::kTanh:
-        return tanh(z);
+        return for_each_value(values, [](A z) { return tanh(z); });
     }
-    return z;
   }
 
   template <class T>
-  __device__ __forceinline__ Accumulate<T> gradient(Accumulate<T> g, Accumulate<T> z) const {
+  __device__ __forceinline__ void differentiate(Accumulate<T> (&gradients)[kUnit],
+                                                const Accumulate<T> (&at)[kUnit]) const {
     using A = Accumulate<T>;
+    const A parameter = A(param);
     switch (activation) {
       case Activation::kIdentity:
-        return g;
       case Activation::kReLU:
-        return z <= 0 ? A(0) : g;
+        break;
       case Activation::kReLU6:
-        return z <= 0 || z >= 6 ? A(0) : g;
+        return for_each_value(gradients, at, [](A g, A z) { return z <= 0 || z >= 6 ? A(0) : g; });
       case Activation::kLeakyReLU:
-        return z > 0 ? g : g * A(param);
+        return for_each_value(gradients, at, [=](A g, A z) { return z > 0 ? g : g * parameter; });
       case Activation::kELU:
-        return z > 0 ? g : g * A(param) * exp(z);
-      case Activation::kSiLU: {
-        const A s = sigmoid(z);
-        return g * s * fma(z, A(1) - s, A(1));
-      }
-      case Activation::kGELU: {
-        const A pdf = exp(z * z * A(-0.5)) * A(0.39894228040143267794);
-        return g * fma(z, pdf, normal_cdf(z));
-      }
+        return for_each_value(gradients, at, [=](A g, A z) { return z > 0 ? g : g * parameter * exp(z); });
+      case Activation::kSiLU:
+        return for_each_value(gradients, at, [](A g, A z) {
+          const A s = sigmoid(z);
+          return g * s * fma(z, A(1) - s, A(1));
+        });
+      case Activation::kGELU:
+        return for_each_value(gradients, at, [](A g, A z) {
+          const A density = exp(z * z * A(-0.5)) * A(0.39894228040143267794);
+          return g * fma(z, density, normal_cdf(z));
+        });
       case Activation::kHardswish:
-        return z >= 3 ? g : (z > -3 ? g * fma(z, A(1.0 / 3), A(0.5)) : A(0));
-      case Activation::kSigmoid: {
-        const A s = sigmoid(z);
-        return g * s * (A(1) - s);
-      }
-      case Activation::kTanh: {
-        const A t = tanh(z);
-        return g * (A(1) - t * t);
-      }
+        return for_each_value(gradients, at,
+                              [](A g, A z) { return z >= 3 ? g : (z > -3 ? g * fma(z, A(1.0 / 3), A(0.5)) : A(0)); });
+      case Activation::kSigmoid:
+        return for_each_value(gradients, at, [](A g, A z) {
+          const A s = sigmoid(z);
+          return g * s * (A(1) - s);
+        });
+      case Activation::kTanh:
+        return for_each_value(gradients, at, [](A g, A z) {
+          const A t = tanh(z);
+          return g * (A(1) - t * t);
+        });
     }
-    return g;
   }
 };
 

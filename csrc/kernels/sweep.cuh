@@ -2,6 +2,7 @@
 //
 // A Body says what happens to a unit:
 //   Constants                                 what it needs to know of a channel
+//   kLoads                                    units that a thread loads before it uses the first
 //   Loaded                                    a unit's values, while several are on their way
 //   load(Loaded&, unit, span)
 //   store(Loaded&, unit, span, constants_of)  constants_of(k) are the Constants of value k
@@ -12,19 +13,12 @@
 
 namespace bnfused {
 
-// Loads that a thread of a sweep starts before it uses the first. More threads fit than in a reduction.
-template <class T>
-constexpr int kLoadsOfSweep = sizeof(T) == 2   ? 4
-                              : sizeof(T) == 4 ? 2
-                                               : 1;
-
-// Rows of a column, given the constants of its 8 values.
-template <class T, class Body>
+// Rows of a column.
+template <class Body, class ConstantsOf>
 __device__ __forceinline__ void sweep_column(const Body& body, int64_t numel, const Rows& s, const RowsThread& thread,
-                                             const typename Body::Constants (&own)[kUnit]) {
-  constexpr int kLoads = kLoadsOfSweep<T>;
+                                             const ConstantsOf& constants_of) {
+  constexpr int kLoads = Body::kLoads;
   if (!thread.active) return;
-  const auto constants_of = [&](int k) { return own[k]; };
   const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
   const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
   const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
@@ -49,39 +43,58 @@ __device__ __forceinline__ void sweep_column(const Body& body, int64_t numel, co
   }
 }
 
-// The constants of a thread's column. The block makes those of its tile together, in `table`: kUnit * tile of them. All
-// threads call it; what was in the table must not be needed any more.
-template <class Constants, class MakeConstants>
-__device__ __forceinline__ void constants_of_column(Constants* table, const Rows& s, const RowsThread& thread,
-                                                    MakeConstants constants, Constants (&own)[kUnit]) {
-  const uint32_t first = thread.tile * s.tile * kUnit;
-  for (uint32_t i = threadIdx.x; i < s.tile * kUnit && first + i < s.columns * kUnit; i += blockDim.x) {
-    const uint32_t column = first + i;
-    const bool owns = thread.part == 0 && column < s.channels;
-    table[i] = constants(s.copies == 1 ? column : column % s.channels, owns);
-  }
-  __syncthreads();
-  if (thread.active) {
+// The constants of the 8 values of a thread's column: in registers, or in shared memory where those of float64 would
+// take 80 of them.
+template <class Constants>
+class ColumnConstants {
+ public:
+  // The block makes those of its tile together, in `table`: kUnit * tile of them. All threads come here; what was in
+  // the table must not be needed any more.
+  template <class MakeConstants>
+  __device__ __forceinline__ ColumnConstants(Constants* table, const Rows& s, const RowsThread& thread,
+                                             MakeConstants constants)
+      : shared_(table + thread.slot * kUnit) {
+    const uint32_t first = thread.tile * s.tile * kUnit;
+    for (uint32_t i = threadIdx.x; i < s.tile * kUnit && first + i < s.columns * kUnit; i += blockDim.x) {
+      const uint32_t column = first + i;
+      const bool owns = thread.part == 0 && column < s.channels;
+      table[i] = constants(s.copies == 1 ? column : column % s.channels, owns);
+    }
+    __syncthreads();
+    if constexpr (kInRegisters) {
+      if (!thread.active) return;
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) own[k] = table[thread.slot * kUnit + k];
+      for (int k = 0; k < kUnit; ++k) own_[k] = shared_[k];
+    }
   }
-}
 
-template <class T, class Body, class MakeConstants>
+  __device__ __forceinline__ Constants operator()(int k) const {
+    if constexpr (kInRegisters) {
+      return own_[k];
+    } else {
+      return shared_[k];
+    }
+  }
+
+ private:
+  static constexpr bool kInRegisters = alignof(Constants) == alignof(float);
+  const Constants* shared_;
+  Constants own_[kInRegisters ? kUnit : 1];
+};
+
+template <class Body, class MakeConstants>
 __device__ __forceinline__ void sweep_rows(const Body& body, int64_t numel, const Rows& s, MakeConstants constants) {
   using Constants = typename Body::Constants;
   BNFUSED_DYNAMIC_SHARED(Constants, table);
   const RowsThread thread(s);
-  Constants own[kUnit];
-  constants_of_column(table, s, thread, constants, own);
-  sweep_column<T>(body, numel, s, thread, own);
+  sweep_column(body, numel, s, thread, ColumnConstants<Constants>(table, s, thread, constants));
 }
 
 // A block's units, in memory order, of whatever planes they are.
-template <class T, class Body, class MakeConstants>
+template <class Body, class MakeConstants>
 __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, const Flat& s, MakeConstants constants) {
   using Constants = typename Body::Constants;
-  constexpr int kLoads = kLoadsOfSweep<T>;
+  constexpr int kLoads = Body::kLoads;
   BNFUSED_DYNAMIC_SHARED(Constants, table);
   const uint32_t block = gridDim.x - 1 - blockIdx.x;  // the end of the tensor was read last
   const uint32_t begin = block * s.units_per_block;
@@ -107,29 +120,30 @@ __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, cons
     for (int i = 0; i < kLoads; ++i) {
       const uint32_t u = unit + i * blockDim.x;
       if (u >= end) continue;
+      const Span span = span_of(u, numel);
       const uint64_t value = uint64_t(u) * kUnit;
       const uint64_t plane = divide(value, s.by_inner);
       const uint64_t place = value - plane * s.inner;  // in the plane
       const Constants* of_unit = table + (plane - first_plane);
       if (place + kUnit <= s.inner) {
         const Constants one = *of_unit;
-        body.store(loaded[i], u, span_of(u, numel), [&](int) { return one; });
+        body.store(loaded[i], u, span, [&](int) { return one; });
       } else {
         const auto constants_of = [&](int k) {
-          const uint64_t at = place + k;
+          const uint64_t at = place + (span.has(k) ? k : 0);
           return of_unit[at < s.inner ? 0 : (at < 2 * s.inner ? 1 : uint32_t(at) / uint32_t(s.inner))];
         };
-        body.store(loaded[i], u, span_of(u, numel), constants_of);
+        body.store(loaded[i], u, span, constants_of);
       }
     }
   }
 }
 
 // All units of one channel, by the block that has them all.
-template <class T, class Body>
+template <class Body>
 __device__ __forceinline__ void sweep_channel(const Body& body, const Planes& s, const PlanesBlock& block,
                                               const typename Body::Constants& constants) {
-  constexpr int kLoads = kLoadsOfSweep<T>;
+  constexpr int kLoads = Body::kLoads;
   const uint32_t units = block.end - block.begin;
   const auto constants_of = [&](int) { return constants; };
   for (uint32_t done = threadIdx.x; done < units; done += kLoads * blockDim.x) {
