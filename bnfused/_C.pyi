@@ -1,3 +1,21 @@
 from typing import Any
 
 def build_info() -> dict[str, Any]: ...
+def plan(
+    *,
+    op: str,
+    outer: int,
+    channels: int,
+    inner: int,
+    dtype: int,
+    wide: bool = True,
+    residual: bool = False,
+    mask: bool = False,
+    training: bool = True,
+    grad_x: bool = True,
+    grad_residual: bool = False,
+    grad_parameters: bool = True,
+    sm_count: int,
+    compute_capability: int,
+    strategy: str | None = None,
+) -> dict[str, Any]: ...

@@ -6,6 +6,7 @@ without a module; ``bnfused.reference.batch_norm`` is the specification in plain
 
 from bnfused import autograd, functional, reference
 from bnfused._extension import build_info, is_available, why_unavailable
+from bnfused.explanation import explain
 from bnfused.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -26,6 +27,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "autograd",
     "build_info",
+    "explain",
     "functional",
     "is_available",
     "reference",

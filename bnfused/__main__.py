@@ -1,7 +1,11 @@
-"""``python -m bnfused``: what is installed here, what it was built with, and whether it computes the right thing."""
+"""``python -m bnfused``: what is installed here, what it was built with, and whether it computes the right thing.
+
+``python -m bnfused explain 32 64 56 56 --device-limits h100`` says how a batch norm of that shape would run.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
@@ -10,6 +14,7 @@ import time
 import torch
 
 import bnfused
+from bnfused import activations, explanation
 
 SHAPE = (16, 32, 28, 28)
 # Float32 arithmetic around a float64 oracle, relative to the largest value: the bound of docs and tests.
@@ -55,7 +60,7 @@ def self_test() -> list[tuple[str, float]]:
     return errors
 
 
-def main() -> int:
+def check() -> int:
     for name, value in describe():
         print(f"{name:22s} {value}")
     backend = "cpu kernels" if bnfused.is_available() else "reference path"
@@ -66,6 +71,44 @@ def main() -> int:
         print(f"self-test {layout:18s} largest error {error:.1e} of {TOLERANCE:.0e} allowed ({backend})")
     print(f"{'FAILED' if failed else 'ok'} in {time.perf_counter() - start:.2f} s")
     return int(failed)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bnfused", description="Without a command: the environment, the build and a self-test."
+    )
+    commands = parser.add_subparsers(dest="command")
+    explain = commands.add_parser("explain", help="how a batch norm would run, and what it would move")
+    explain.add_argument("shape", type=int, nargs="+", help="N C and what follows")
+    explain.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
+    explain.add_argument("--channels-last", action="store_true")
+    explain.add_argument("--residual", action="store_true")
+    explain.add_argument("--activation", choices=tuple(activations.ACTIVATIONS))
+    explain.add_argument("--eval", action="store_true", help="running statistics, and no backward")
+    explain.add_argument(
+        "--device-limits", choices=tuple(explanation.DEVICES), help="a GPU, which need not be here; else the CPU"
+    )
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        return check()
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if options.channels_last and len(options.shape) not in channels_last:
+        parser.error("--channels-last is for shapes of 4 and 5 dimensions")
+    try:
+        report = bnfused.explain(
+            options.shape,
+            dtype=getattr(torch, options.dtype),
+            memory_format=channels_last[len(options.shape)] if options.channels_last else torch.contiguous_format,
+            residual=options.residual,
+            activation=options.activation,
+            training=not options.eval,
+            grad=not options.eval,
+            device_limits=options.device_limits,
+        )
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    print(report)
+    return 0
 
 
 if __name__ == "__main__":

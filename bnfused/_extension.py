@@ -75,6 +75,12 @@ def build_info() -> dict[str, Any]:
     return {} if _module is None else dict(_module.build_info())
 
 
+def plan(**problem: Any) -> dict[str, Any]:
+    """How the CUDA backend would cut a problem: ``csrc/plan.h``, with the arguments of ``csrc/ops/module.cpp``."""
+    assert _module is not None
+    return dict(_module.plan(**problem))
+
+
 def warn_once(message: str) -> None:
     """Warn the first time that ``message`` comes, and never again in this process."""
     if message not in _warned:

@@ -10,20 +10,31 @@ from torch import Tensor
 from bnfused.activations import RELU_CODE
 
 
-def mask_bytes(x: Tensor) -> Any:
-    """Bytes of the ReLU mask of ``x``: a bit for each element, each plane padded to whole bytes.
+def problem(x: Tensor) -> tuple[Any, Any, Any]:
+    """Outer x channels x inner, as ``x`` lies in memory; ``problem_of`` in ``csrc/ops/ops.h`` is its twin.
 
-    ``mask_bytes`` in ``csrc/batch_norm.h`` is the same rule; a plane is a channel's contiguous run, and channels that
-    lie innermost make the whole tensor one run.
+    A channel's contiguous run has ``inner`` values: 1 where channels lie innermost.
     """
     dense = torch.empty_like(x)  # the strides that the kernels work in
     channel_stride = dense.stride(1) if x.shape[1] > 1 else None
+    outer: Any = 1
     inner: Any = 1
     for dim in range(x.dim()):
         if dim == 1 or x.shape[dim] == 1:
             continue
         if channel_stride is None or dense.stride(dim) < channel_stride:
             inner = inner * x.shape[dim]
+        else:
+            outer = outer * x.shape[dim]
+    return outer, x.shape[1], inner
+
+
+def mask_bytes(x: Tensor) -> Any:
+    """Bytes of the ReLU mask of ``x``: a bit for each element, each plane padded to whole bytes.
+
+    ``mask_bytes`` in ``csrc/batch_norm.h`` is the same rule; channels that lie innermost make the whole tensor one run.
+    """
+    inner = problem(x)[2]
     if x.numel() == 0:
         return 0
     if inner == 1:

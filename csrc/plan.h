@@ -174,75 +174,76 @@ inline Flat flat_of(const Problem& p, const DeviceLimits& device) {
   f.threads = kThreads;
   const uint64_t fair = ceil_div(f.units, uint64_t(device.sm_count) * kApplyBlocksPerSm);
   const uint64_t by_table = std::max<uint64_t>(1, (kTablePlanes - 2) * f.inner / kUnitValues);
-  f.units_per_block = uint32_t(std::min<uint64_t>(by_table, std::clamp<uint64_t>(fair, kThreads, 8 * kThreads)));
+  const uint64_t steps = std::clamp<uint64_t>(ceil_div(fair, kThreads), 1, 8);
+  f.units_per_block = uint32_t(std::min<uint64_t>(by_table, steps * kThreads));
   f.planes_per_block = uint32_t((uint64_t(f.units_per_block) * kUnitValues + f.inner - 2) / f.inner + 1);
   f.by_inner = divisor_of(f.inner);
   f.by_channels = divisor_of(f.channels);
   return f;
 }
 
-// One launch for sums and what follows from them, if a block can have all of a channel.
-inline bool is_small(const Problem& p, const Rows& rows, const Planes& planes, bool mask, const DeviceLimits& device,
-                     const char** why) {
-  if (p.inner == 1) {
-    if (rows.domains() != rows.tiles) {
-      *why = "copies of a channel lie in several blocks";
-      return false;
-    }
-    const int64_t bytes = int64_t(rows.rows) * rows.tile * kUnitValues * size_of(p.dtype);
-    *why = bytes <= 2 * kSmallBytes ? "the rows of a channel tile are few" : "the rows of a channel tile are many";
-    return bytes <= 2 * kSmallBytes;
-  }
-  if (mask && p.inner % kUnitValues != 0) {
-    *why = "bytes of the mask are shared between channels";
-    return false;
-  }
-  const int64_t bytes = p.rows() * size_of(p.dtype);
-  if (bytes <= kSmallBytes) {
-    *why = "a channel is small";
-    return true;
-  }
-  if (bytes <= kCachedBytes && int64_t(planes.channels) >= 2 * int64_t(device.sm_count)) {
-    *why = "a channel fits the cache, and the channels fill the device";
-    return true;
-  }
-  *why = "a channel is too large for one block";
-  return false;
+// Why a block cannot have all values of its channels, or nullptr where it can.
+inline const char* obstacle_to_small(const Problem& p, const Rows& rows, bool mask) {
+  if (p.inner == 1) return rows.domains() == rows.tiles ? nullptr : "copies of a channel lie in several blocks";
+  if (mask && p.inner % kUnitValues != 0) return "bytes of the mask are shared between channels";
+  return nullptr;
 }
 
-inline void choose_reduce(Plan* plan, const Problem& p, bool mask, const DeviceLimits& device, bool may_be_small,
+struct Choice {
+  bool small;
+  const char* why;
+};
+
+// Whether one launch, with a block for each channel or tile, is expected to be the faster way.
+inline Choice prefers_small(const Problem& p, const Rows& rows, const DeviceLimits& device) {
+  if (p.inner == 1) {
+    const int64_t bytes = int64_t(rows.rows) * rows.tile * kUnitValues * size_of(p.dtype);
+    if (bytes <= 2 * kSmallBytes) return {true, "the rows of a channel tile are few"};
+    return {false, "the rows of a channel tile are too many for one block"};
+  }
+  const int64_t bytes = p.rows() * size_of(p.dtype);
+  if (bytes <= kSmallBytes) return {true, "a channel is small"};
+  if (bytes <= kCachedBytes && p.channels >= 2 * int64_t(device.sm_count)) {
+    return {true, "a channel fits the cache, and the channels fill the device"};
+  }
+  return {false, "a channel is too large for one block"};
+}
+
+inline Choice choose(const Problem& p, const Rows& small_rows, bool mask, const DeviceLimits& device,
+                     const Strategy* forced) {
+  if (const char* why = obstacle_to_small(p, small_rows, mask)) return {false, why};
+  if (forced) return {*forced == Strategy::kSmall, "it was asked for"};
+  return prefers_small(p, small_rows, device);
+}
+
+// How the sums are taken. `waits`: something that is written waits for them; else one launch does, however it is cut.
+inline void choose_reduce(Plan* plan, const Problem& p, bool mask, const DeviceLimits& device, bool waits,
                           const Strategy* forced) {
-  const uint32_t blocks = uint32_t(device.sm_count) * kReduceBlocksPerSm;
-  // 64 bytes at least of each row that a block reads, and few enough columns that many rows fit a block.
-  plan->reduce_rows = p.inner == 1 ? rows_of(p, 8, blocks) : Rows{};
-  plan->planes = p.inner == 1 ? Planes{} : planes_of(p, false, device);
-  Rows small_rows = p.inner == 1 ? rows_of(p, 4, 1) : Rows{};
-  bool small = is_small(p, small_rows, plan->planes, mask, device, &plan->why);
-  const bool possible = p.inner == 1 ? small_rows.domains() == small_rows.tiles : !(mask && p.inner % kUnitValues != 0);
-  if (forced && *forced == Strategy::kSmall) small = possible;
-  if (forced && *forced == Strategy::kStreaming) small = false;
-  if (forced) plan->why = "it was asked for";
-  if (!may_be_small) small = false;
-  if (small) {
+  const bool rows = p.inner == 1;
+  const Rows small_rows = rows ? rows_of(p, 4, 1) : Rows{};
+  const Choice choice = choose(p, small_rows, mask, device, forced);
+  plan->why = choice.why;
+  if (choice.small && waits) {
     plan->strategy = Strategy::kSmall;
-    if (p.inner == 1) {
-      small_rows.parts = 1;
+    plan->launches = 1;
+    plan->tickets = 1;
+    if (rows) {
       plan->reduce_rows = small_rows;
+      plan->reduce_rows.parts = 1;
     } else {
       plan->planes = planes_of(p, true, device);
     }
-    plan->tickets = 1;
-    plan->launches = 1;
     return;
   }
   plan->strategy = Strategy::kStreaming;
   plan->launches = 2;
-  if (p.inner == 1) {
-    const Rows& r = plan->reduce_rows;
+  if (rows) {
+    // 128 bytes of each row that a block reads, of 16-bit values, and few enough columns that many rows fit a block.
+    const Rows& r = plan->reduce_rows = rows_of(p, 8, uint32_t(device.sm_count) * kReduceBlocksPerSm);
     plan->partials = int64_t(r.parts) * r.columns * kUnitValues;
     plan->tickets = r.domains() + 1;
   } else {
-    const Planes& s = plan->planes;
+    const Planes& s = plan->planes = planes_of(p, false, device);
     plan->partials = int64_t(s.parts) * s.channels;
     plan->tickets = s.domains() + 1;
   }
@@ -268,10 +269,10 @@ inline Plan empty_plan(const Problem& p) {
 
 }  // namespace detail
 
-// Whether unit numbers fit 32 bits: up to 2^34 values, 32 GiB of float16.
+// Whether unit numbers fit 32 bits, also of planes that share units: up to 2^34 values, 32 GiB of float16.
 constexpr bool fits(const Problem& p) {
-  return p.numel() <= int64_t(1) << 34 && p.channels < int64_t(1) << 31 &&
-         p.outer * (p.inner / detail::kUnitValues + 2) < int64_t(1) << 32;
+  const bool planes_fit = p.inner == 1 || p.outer * ((p.inner + 14) / detail::kUnitValues) < int64_t(1) << 32;
+  return p.numel() <= int64_t(1) << 34 && p.channels < int64_t(1) << 31 && planes_fit;
 }
 
 inline Plan plan_train(const Problem& p, const Request& request, const DeviceLimits& device,

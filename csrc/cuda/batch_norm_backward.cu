@@ -10,6 +10,8 @@ namespace {
 Slope* slopes_of(Workspace workspace) { return static_cast<Slope*>(workspace.partials); }
 
 template <class T>
+using Forward = Affine<Accumulate<T>>;
+template <class T>
 using Constants = GradAffine<Accumulate<T>>;
 
 template <class T, class Activation>
@@ -43,7 +45,7 @@ cudaError_t small(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_t s
     return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_backward_small_planes<T, Act>, args, s);
   }
   const Rows& s = plan.reduce_rows;
-  const size_t shared = table_bytes<Constants<T>>(s) + table_bytes<GradSums>(s);
+  const size_t shared = std::max(table_bytes<Forward<T>>(s) + table_bytes<GradSums>(s), table_bytes<Constants<T>>(s));
   return launch(config(s.blocks(), s.threads, shared, stream), batch_norm_backward_small_rows<T, Act>, args, s);
 }
 
@@ -55,7 +57,7 @@ cudaError_t reduce(const GradArgs<T, Act>& args, const Plan& plan, bool write, c
     return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_backward_reduce_planes<T, Act>, args, write, s);
   }
   const Rows& s = plan.reduce_rows;
-  return launch(config(s.blocks(), s.threads, table_bytes<Constants<T>>(s), stream),
+  return launch(config(s.blocks(), s.threads, table_bytes<Forward<T>>(s), stream),
                 batch_norm_backward_reduce_rows<T, Act>, args, write, s);
 }
 

@@ -1,10 +1,109 @@
 // bnfused._C: what is no tensor. The only file with pybind11; no tensor crosses it, so that it does not matter which
 // pybind11 torch was built with. Importing it registers the ops.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/leaves.h"
+#include "plan.h"
 
 namespace py = pybind11;
+
+namespace {
+
+using namespace bnfused;
+
+const char* name_of(Strategy strategy) {
+  switch (strategy) {
+    case Strategy::kEmpty:
+      return "empty";
+    case Strategy::kSmall:
+      return "small";
+    case Strategy::kStreaming:
+      return "streaming";
+    case Strategy::kApply:
+      return "apply";
+    case Strategy::kReduce:
+      return "reduce";
+  }
+  return "";
+}
+
+Strategy strategy_of(const std::string& name) {
+  if (name == "small") return Strategy::kSmall;
+  if (name == "streaming") return Strategy::kStreaming;
+  throw std::invalid_argument("bnfused: expected strategy small or streaming, got " + name);
+}
+
+py::dict describe(const Rows& s) {
+  return py::dict(py::arg("channels") = s.channels, py::arg("copies") = s.copies, py::arg("columns") = s.columns,
+                  py::arg("rows") = s.rows, py::arg("tile") = s.tile, py::arg("tiles") = s.tiles,
+                  py::arg("lanes") = s.lanes, py::arg("parts") = s.parts, py::arg("threads") = s.threads,
+                  py::arg("blocks") = s.blocks());
+}
+
+py::dict describe(const Planes& s) {
+  return py::dict(py::arg("channels") = s.channels, py::arg("outer") = s.outer, py::arg("inner") = s.inner,
+                  py::arg("units_per_plane") = s.units_per_plane, py::arg("units_per_channel") = s.units_per_channel,
+                  py::arg("parts") = s.parts, py::arg("threads") = s.threads, py::arg("blocks") = s.blocks());
+}
+
+py::dict describe(const Flat& s) {
+  return py::dict(py::arg("units") = s.units, py::arg("units_per_block") = s.units_per_block,
+                  py::arg("planes_per_block") = s.planes_per_block, py::arg("threads") = s.threads,
+                  py::arg("blocks") = s.blocks());
+}
+
+// The launches in order: what each does, and how it is cut.
+py::list describe_launches(const Plan& plan) {
+  py::list launches;
+  const auto add = [&](const char* kernel, py::dict shape) {
+    shape["kernel"] = kernel;
+    launches.append(shape);
+  };
+  const bool planes = plan.layout == Layout::kPlanes;
+  if (plan.strategy == Strategy::kEmpty) add("empty", py::dict(py::arg("blocks") = 1));
+  if (plan.strategy == Strategy::kSmall) add("small", planes ? describe(plan.planes) : describe(plan.reduce_rows));
+  if (plan.strategy == Strategy::kStreaming || plan.strategy == Strategy::kReduce) {
+    add("reduce", planes ? describe(plan.planes) : describe(plan.reduce_rows));
+  }
+  if (plan.strategy == Strategy::kStreaming || plan.strategy == Strategy::kApply) {
+    add("apply", planes ? describe(plan.flat) : describe(plan.apply_rows));
+  }
+  return launches;
+}
+
+// The plan of the CUDA backend, on a device of which nothing more is known than its limits.
+py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, int64_t inner, int dtype, bool wide,
+                      bool residual, bool mask, bool training, bool grad_x, bool grad_residual, bool grad_parameters,
+                      int sm_count, int compute_capability, const std::optional<std::string>& strategy) {
+  const Problem problem{outer, channels, inner, static_cast<DType>(dtype)};
+  if (!fits(problem)) throw std::invalid_argument("bnfused: expected at most 2^34 values");
+  const DeviceLimits device{sm_count, compute_capability};
+  const std::optional<Strategy> forced = strategy ? std::optional(strategy_of(*strategy)) : std::nullopt;
+  const Strategy* asked = forced ? &*forced : nullptr;
+  Plan plan;
+  if (op == "train") {
+    plan = plan_train(problem, {wide, residual, mask}, device, asked);
+  } else if (op == "eval") {
+    plan = plan_eval(problem, {wide, residual, mask}, device);
+  } else if (op == "backward") {
+    plan =
+        plan_backward(problem, {wide, residual, mask, training, grad_x, grad_residual, grad_parameters}, device, asked);
+  } else {
+    throw std::invalid_argument("bnfused: expected op train, eval or backward, got " + op);
+  }
+  return py::dict(py::arg("strategy") = name_of(plan.strategy),
+                  py::arg("layout") = plan.layout == Layout::kPlanes ? "planes" : "rows",
+                  py::arg("launches") = describe_launches(plan), py::arg("partials") = plan.partials,
+                  py::arg("tickets") = plan.tickets, py::arg("bytes_read") = plan.bytes_read,
+                  py::arg("bytes_written") = plan.bytes_written, py::arg("why") = plan.why);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of bnfused; use the Python package, not this module.";
@@ -22,4 +121,9 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_archs"] = py::tuple();
     return info;
   });
+  m.def("plan", plan_as_dict, py::kw_only(), py::arg("op"), py::arg("outer"), py::arg("channels"), py::arg("inner"),
+        py::arg("dtype"), py::arg("wide") = true, py::arg("residual") = false, py::arg("mask") = false,
+        py::arg("training") = true, py::arg("grad_x") = true, py::arg("grad_residual") = false,
+        py::arg("grad_parameters") = true, py::arg("sm_count"), py::arg("compute_capability"),
+        py::arg("strategy") = py::none());
 }

@@ -1,0 +1,310 @@
+"""``explain``: how a batch norm would run, and what it moves, without running it.
+
+The plan of the CUDA backend is the one that its launches use (``csrc/plan.h``), for any GPU whose limits are known:
+none has to be there.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfused import _extension, activations, fake, reference
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What the planner and the estimate know of a GPU.
+
+    Attributes:
+        name: as in reports.
+        sm_count: streaming multiprocessors.
+        compute_capability: ``(9, 0)`` for sm_90.
+        bandwidth: of its memory, bytes per second; None where it is not known.
+    """
+
+    name: str
+    sm_count: int
+    compute_capability: tuple[int, int]
+    bandwidth: float | None
+
+
+# Source: NVIDIA's data sheets; SXM modules where there are several.
+DEVICES = {
+    "t4": DeviceLimits("T4", 40, (7, 5), 320e9),
+    "a100": DeviceLimits("A100 80GB", 108, (8, 0), 2039e9),
+    "rtx3090": DeviceLimits("GeForce RTX 3090", 82, (8, 6), 936e9),
+    "l4": DeviceLimits("L4", 58, (8, 9), 300e9),
+    "rtx4090": DeviceLimits("GeForce RTX 4090", 128, (8, 9), 1008e9),
+    "h100": DeviceLimits("H100", 132, (9, 0), 3350e9),
+    "h200": DeviceLimits("H200", 132, (9, 0), 4800e9),
+    "b200": DeviceLimits("B200", 148, (10, 0), 8000e9),
+    "rtx5090": DeviceLimits("GeForce RTX 5090", 170, (12, 0), 1792e9),
+}
+
+# The order of enum class DType in csrc/batch_norm.h.
+_DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+
+# The CPU backend keeps a channel in a core's second cache between its two passes, where it fits there.
+_CPU_CACHE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: what it does, and how many blocks of how many threads do it."""
+
+    kernel: str
+    blocks: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward or backward.
+
+    Attributes:
+        strategy: how the work is cut; the words of ``csrc/plan.h`` for CUDA, ``planes`` or ``rows`` for the CPU.
+        launches: in order; empty for the CPU.
+        bytes_read, bytes_written: of tensors of the size of ``x`` and of the mask.
+        seconds: for these bytes at the device's bandwidth, a bound from below; None where it is not known.
+        why: the reason for the strategy.
+    """
+
+    strategy: str
+    launches: tuple[Launch, ...]
+    bytes_read: int
+    bytes_written: int
+    seconds: float | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` returns; ``str()`` of it is a report."""
+
+    backend: str
+    device: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str
+    call: str
+    forward: Pass
+    backward: Pass | None
+    saved: dict[str, int]
+
+    def __str__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        lines = [
+            f"{self.call} of {shape}, {str(self.dtype).removeprefix('torch.')}, {self.layout}",
+            f"backend   {self.backend} on {self.device}",
+        ]
+        for name, it in (("forward", self.forward), ("backward", self.backward)):
+            if it is None:
+                continue
+            lines.append(f"{name:9s} {it.strategy}: {it.why}")
+            for launch in it.launches:
+                lines.append(f"          launch {launch.kernel}: {launch.blocks} blocks of {launch.threads} threads")
+            bound = "" if it.seconds is None else f", at least {_time(it.seconds)} at the device's bandwidth"
+            lines.append(f"          reads {_size(it.bytes_read)}, writes {_size(it.bytes_written)}{bound}")
+        if self.backward is not None:
+            kept = ", ".join(f"{name} {_size(count)}" for name, count in self.saved.items())
+            lines.append(f"saved     for backward: {kept}")
+        return "\n".join(lines)
+
+
+def explain(
+    x: Tensor | Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    residual: bool = False,
+    activation: str | None = None,
+    training: bool = True,
+    grad: bool = True,
+    device_limits: str | DeviceLimits | None = None,
+) -> Explanation:
+    """How ``bnfused.functional.batch_norm`` would run on ``x``, what it would move, and why so.
+
+    Args:
+        x: the input, or its shape ``(N, C, *)``; a tensor's values are not read.
+        dtype, memory_format: of a shape; a tensor has its own. float32 if None.
+        residual: whether one is added.
+        activation: a name in ``bnfused.activations.ACTIVATIONS``, or None.
+        training: statistics of the batch; else the running ones.
+        grad: whether a backward follows, with gradients of everything.
+        device_limits: a GPU in ``DEVICES``, or its limits; the CUDA plan for it, wherever this runs. None is the device
+            of ``x``, the CPU for a shape.
+
+    Raises:
+        RuntimeError: the extension, which has the planner, is not loaded.
+        ValueError: a device or an activation that is not known; a shape of less than two dimensions.
+    """
+    if not _extension.is_available():
+        raise RuntimeError(f"bnfused.explain needs the extension: {_extension.why_unavailable()}")
+    if isinstance(x, Tensor):
+        meta = torch.empty_like(x, device="meta")
+        device = x.device
+    else:
+        meta = torch.empty(tuple(x), dtype=dtype or torch.float32, device="meta")
+        if memory_format != torch.contiguous_format:
+            meta = meta.to(memory_format=memory_format)
+        device = torch.device("cpu")
+    reference.check_input(meta)
+    if meta.dim() < 2:
+        raise ValueError(f"bnfused.explain: expected a shape (N, C, *), got {tuple(meta.shape)}")
+    code, _ = activations.resolve(activation, None)
+    masked = residual and code == activations.RELU_CODE and (training or grad) and grad
+    problem = fake.problem(meta)
+    limits = _limits(device_limits, device)
+    options = {"residual": residual, "masked": masked, "training": training, "recomputes": code != 0 and not masked}
+    if limits is None:
+        backend, name = "cpu", _cpu_name()
+        forward = _cpu_pass(meta, problem, options, backward=False)
+        backward = _cpu_pass(meta, problem, options, backward=True) if grad else None
+    else:
+        backend, name = "cuda", limits.name
+        forward = _cuda_pass(meta, problem, options, limits, backward=False)
+        backward = _cuda_pass(meta, problem, options, limits, backward=True) if grad else None
+    saved = {"x": _bytes(meta), "mean and invstd": 16 * meta.shape[1]}
+    if residual and code != 0:
+        saved["residual"] = _bytes(meta)  # under a mask only a second derivative reads it
+    if masked:
+        saved["mask"] = fake.mask_bytes(meta)
+    call = " + ".join(["batch_norm", *(["add"] if residual else []), *([activation] if activation else [])])
+    return Explanation(
+        backend=backend,
+        device=name,
+        shape=tuple(meta.shape),
+        dtype=meta.dtype,
+        layout="channels innermost" if problem[2] == 1 else "channels outside of planes",
+        call=f"{call}, {'training' if training else 'eval'}",
+        forward=forward,
+        backward=backward,
+        saved=saved if grad else {},
+    )
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _limits(given: str | DeviceLimits | None, device: torch.device) -> DeviceLimits | None:
+    if isinstance(given, DeviceLimits):
+        return given
+    if given is not None:
+        if given not in DEVICES:
+            raise ValueError(f"bnfused.explain: expected device_limits of {', '.join(DEVICES)}, got {given!r}")
+        return DEVICES[given]
+    if device.type != "cuda":
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)
+    known = [limits for limits in DEVICES.values() if limits.name.split()[-1] in properties.name]
+    return DeviceLimits(
+        properties.name,
+        properties.multi_processor_count,
+        (properties.major, properties.minor),
+        known[0].bandwidth if known else None,
+    )
+
+
+def _cuda_pass(
+    x: Tensor, problem: tuple[int, int, int], options: dict[str, bool], limits: DeviceLimits, *, backward: bool
+) -> Pass:
+    outer, channels, inner = problem
+    major, minor = limits.compute_capability
+    if backward:
+        op = "backward"
+        request = {
+            "residual": options["residual"] and options["recomputes"],
+            "mask": options["masked"],
+            "training": options["training"],
+            "grad_residual": options["residual"],
+        }
+    else:
+        op = "train" if options["training"] else "eval"
+        request = {"residual": options["residual"], "mask": options["masked"]}
+    plan = _extension.plan(
+        op=op,
+        outer=outer,
+        channels=channels,
+        inner=inner,
+        dtype=_DTYPE_CODES[x.dtype],
+        sm_count=limits.sm_count,
+        compute_capability=10 * major + minor,
+        **request,
+    )
+    moved = plan["bytes_read"] + plan["bytes_written"]
+    return Pass(
+        strategy=plan["strategy"],
+        launches=tuple(Launch(it["kernel"], it["blocks"], it["threads"]) for it in plan["launches"]),
+        bytes_read=plan["bytes_read"],
+        bytes_written=plan["bytes_written"],
+        seconds=moved / limits.bandwidth if limits.bandwidth else None,
+        why=plan["why"],
+    )
+
+
+def _cpu_pass(x: Tensor, problem: tuple[int, int, int], options: dict[str, bool], *, backward: bool) -> Pass:
+    size, mask = _bytes(x), fake.mask_bytes(x) if options["masked"] else 0
+    outer, _, inner = problem
+    if backward:
+        once = 2 * size + mask + (size if options["residual"] and options["recomputes"] else 0)
+        written = size + (size if options["residual"] else 0)
+    else:
+        once = size
+        written = size + mask
+    cached = inner > 1 and outer * inner * x.element_size() * (2 if backward else 1) <= _CPU_CACHE_BYTES
+    if not options["training"] and not backward:
+        passes, why = 1, "the statistics are given: one pass"
+    elif inner == 1:
+        passes, why = 2, "every row has all channels: one pass for the sums, one to apply, the second backwards"
+    elif cached:
+        passes, why = 1, "a channel at a time: its second pass finds it in the cache"
+    else:
+        passes, why = 2, "a channel is larger than the cache: it is read twice"
+    read = passes * once
+    if options["residual"] and not backward:
+        read += size
+    return Pass(
+        strategy="rows" if inner == 1 else "planes",
+        launches=(),
+        bytes_read=read,
+        bytes_written=written,
+        seconds=(read + written) / _cpu_bandwidth(torch.get_num_threads()),
+        why=why,
+    )
+
+
+def _cpu_name() -> str:
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''}, {_extension.build_info()['cpu_capability']}"
+
+
+@functools.cache
+def _cpu_bandwidth(threads: int) -> float:
+    """Bytes read and written per second by a copy of 64 MiB on ``threads`` threads, the current number."""
+    source = torch.zeros(1 << 24)
+    target = torch.empty_like(source).copy_(source)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * _bytes(source) / min(seconds)
+
+
+def _size(count: int) -> str:
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= divisor:
+            return f"{count / divisor:.3g} {unit}"
+    return f"{count} B"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"

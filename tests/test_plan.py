@@ -1,0 +1,245 @@
+"""``csrc/plan.h``: for every problem and every GPU, all units are covered once and the device's limits are kept.
+
+A unit is 8 values. What is checked here is arithmetic on the plan; that the kernels follow it is shown by running them
+(outputs that start as NaN, buffers of exact size, counted bytes).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import bnfused
+from bnfused import _extension, explanation
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+UNIT = 8
+SIZES = {0: 2, 1: 2, 2: 4, 3: 8}
+LARGEST_GRID = 2**31 - 1
+SHARED_BYTES = 48 * 1024  # what every GPU gives a block unasked
+# Of each kernel: static shared memory, and dynamic for each value of a tile's columns or plane of a run, float32 and
+# narrower, float64. The merges hold a Moments (24 bytes) or GradSums (16) for 9 values of half of 256 threads, and the
+# flag of the last block; constants are 3 numbers forward and 5 backward.
+SHARED_BYTES_OF = {
+    "train": {"small": (9 * 128 * 24 + 16, 24, 24), "reduce": (9 * 128 * 24 + 16, 0, 0), "apply": (0, 12, 24)},
+    "eval": {"apply": (0, 12, 24)},
+    "backward": {"small": (9 * 128 * 16 + 16, 28, 40), "reduce": (9 * 128 * 16 + 16, 12, 24), "apply": (0, 20, 40)},
+}
+
+# Channels and spatial sizes of networks, what is odd about others, and anything.
+channels = st.sampled_from([1, 2, 3, 4, 8, 12, 64, 65, 96, 100, 320, 513, 2048, 4099, 70_001]) | st.integers(1, 10_000)
+inner = st.sampled_from([1, 1, 1, 2, 4, 7, 49, 64, 196, 784, 3136, 50_176, 1_046_529]) | st.integers(1, 10**6)
+outer = st.sampled_from([1, 2, 8, 32, 256, 65_537]) | st.integers(1, 10**6)
+devices = st.sampled_from(sorted(explanation.DEVICES)) | st.just("one SM")
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, int]:
+    problem = {"outer": draw(outer), "channels": draw(channels), "inner": draw(inner), "dtype": draw(st.integers(0, 3))}
+    while math.prod(problem[name] for name in ("outer", "channels", "inner")) > 2**34:
+        largest = max(("outer", "channels", "inner"), key=problem.__getitem__)
+        problem[largest] = max(1, problem[largest] // 7)
+    return problem
+
+
+def plan_of(problem: dict[str, int], device: str, **request: Any) -> dict[str, Any]:
+    limits = explanation.DEVICES.get(device) or explanation.DeviceLimits("one SM", 1, (7, 5), None)
+    major, minor = limits.compute_capability
+    return _extension.plan(**problem, sm_count=limits.sm_count, compute_capability=10 * major + minor, **request)
+
+
+def check_rows(shape: dict[str, int], problem: dict[str, int]) -> None:
+    """Every unit of the tensor has one tile, one slot, one part and one lane."""
+    numel = problem["outer"] * problem["channels"] * problem["inner"]
+    assert shape["columns"] * UNIT == math.lcm(problem["channels"], UNIT)
+    assert shape["copies"] * problem["channels"] == shape["columns"] * UNIT
+    units = -(-numel // UNIT)
+    assert shape["columns"] * (shape["rows"] - 1) < units <= shape["columns"] * shape["rows"]
+    assert (shape["tiles"] - 1) * shape["tile"] < shape["columns"] <= shape["tiles"] * shape["tile"]
+    assert 1 <= shape["parts"] <= shape["rows"]
+    assert shape["lanes"] >= 1
+    assert shape["tile"] * shape["lanes"] <= shape["threads"]
+    assert shape["blocks"] == shape["tiles"] * shape["parts"]
+
+
+def check_planes(shape: dict[str, int], problem: dict[str, int]) -> None:
+    """A plane that starts anywhere in a unit touches no more units than its threads visit."""
+    size = problem["inner"]
+    starts = range(UNIT) if size % UNIT else (0,)
+    assert max((start + size - 1) // UNIT + 1 for start in starts) == shape["units_per_plane"]
+    assert shape["units_per_channel"] == shape["units_per_plane"] * problem["outer"]
+    assert 1 <= shape["parts"] <= shape["units_per_channel"]
+    assert shape["blocks"] == problem["channels"] * shape["parts"]
+
+
+def check_flat(shape: dict[str, int], problem: dict[str, int]) -> None:
+    """The blocks' runs of units cover the tensor, and the table has room for the planes that a run touches."""
+    numel = problem["outer"] * problem["channels"] * problem["inner"]
+    assert shape["units"] == -(-numel // UNIT)
+    assert (shape["blocks"] - 1) * shape["units_per_block"] < shape["units"]
+    assert shape["units"] <= shape["blocks"] * shape["units_per_block"]
+    values = shape["units_per_block"] * UNIT
+    # A run that starts at the last value of a plane.
+    assert shape["planes_per_block"] >= 1 + -(-(values - 1) // problem["inner"])
+
+
+def check(op: str, plan: dict[str, Any], problem: dict[str, int]) -> None:
+    for launch in plan["launches"]:
+        assert launch["threads"] % 32 == 0
+        assert 32 <= launch["threads"] <= 256
+        assert 1 <= launch["blocks"] <= LARGEST_GRID
+        if "columns" in launch:
+            check_rows(launch, problem)
+            assert launch["kernel"] != "small" or launch["copies"] == 1 or launch["tiles"] == 1
+            constants = launch["tile"] * UNIT
+        elif "units_per_plane" in launch:
+            check_planes(launch, problem)
+            constants = 0
+        else:
+            check_flat(launch, problem)
+            constants = launch["planes_per_block"]
+        static, single, double = SHARED_BYTES_OF[op][launch["kernel"]]
+        assert static + constants * (double if problem["dtype"] == 3 else single) <= SHARED_BYTES, launch
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems(), devices, st.booleans(), st.booleans(), st.sampled_from([None, "small", "streaming"]))
+@example({"outer": 2**34 // 8, "channels": 8, "inner": 1, "dtype": 0}, "b200", True, True, None)
+@example({"outer": 1, "channels": 1, "inner": 2**34, "dtype": 1}, "h200", False, False, "small")
+@example({"outer": 2**31 - 1, "channels": 1, "inner": 2, "dtype": 1}, "t4", True, True, None)
+@example({"outer": 2, "channels": 2**31 - 1, "inner": 1, "dtype": 1}, "t4", True, True, None)
+def test_forward(problem: dict[str, int], device: str, residual: bool, mask: bool, strategy: str | None) -> None:
+    """At most two launches, and the bytes that the design counts."""
+    mask = mask and residual
+    numel = problem["outer"] * problem["channels"] * problem["inner"]
+    size = numel * SIZES[problem["dtype"]]
+    train = plan_of(problem, device, op="train", residual=residual, mask=mask, strategy=strategy)
+    check("train", train, problem)
+    assert len(train["launches"]) == (1 if train["strategy"] == "small" else 2)
+    evaluate = plan_of(problem, device, op="eval", residual=residual, mask=mask)
+    check("eval", evaluate, problem)
+    assert len(evaluate["launches"]) == 1
+    for plan, reads in ((train, 2), (evaluate, 1)):
+        assert plan["bytes_read"] == (reads + residual) * size
+        assert plan["bytes_written"] == size + (-(-numel // 8) if mask else 0)
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems(), devices, st.data(), st.sampled_from([None, "small", "streaming"]))
+def test_backward(problem: dict[str, int], device: str, data: st.DataObject, strategy: str | None) -> None:
+    """At most two launches; one where nothing waits for the sums."""
+    names = ("residual", "training", "grad_x", "grad_residual", "grad_parameters")
+    request = {name: data.draw(st.booleans(), label=name) for name in names}
+    plan = plan_of(problem, device, op="backward", strategy=strategy, **request)
+    check("backward", plan, problem)
+    waits = request["training"] and request["grad_x"]
+    sums = waits or request["grad_parameters"]
+    expected = {"small", "streaming"} if waits else {"reduce"} if sums else {"apply"}
+    assert plan["strategy"] in expected
+    assert len(plan["launches"]) == (2 if plan["strategy"] == "streaming" else 1)
+    size = problem["outer"] * problem["channels"] * problem["inner"] * SIZES[problem["dtype"]]
+    assert plan["bytes_read"] == (2 if waits else 1) * (2 + request["residual"]) * size
+    assert plan["bytes_written"] == (request["grad_x"] + request["grad_residual"]) * size
+
+
+def test_strategies_can_be_asked_for() -> None:
+    problem = {"outer": 64, "channels": 64, "inner": 784, "dtype": 2}
+    for strategy in ("small", "streaming"):
+        assert plan_of(problem, "h100", op="train", strategy=strategy)["strategy"] == strategy
+    with pytest.raises(ValueError, match="expected strategy small or streaming, got persistent"):
+        plan_of(problem, "h100", op="train", strategy="persistent")
+
+
+def test_few_blocks_only_where_there_is_little_to_do() -> None:
+    """C = 3 at 1024 x 1024 fills the machine, and so does C = 2048 at 7 x 7: two blocks for each SM at least."""
+    for case, inner in (((8, 3), 1024 * 1024), ((256, 2048), 49), ((8 * 1024 * 1024, 3), 1), ((256 * 49, 2048), 1)):
+        problem = {"outer": case[0], "channels": case[1], "inner": inner, "dtype": 1}
+        for op in ("train", "backward"):
+            for launch in plan_of(problem, "h100", op=op)["launches"]:
+                assert launch["blocks"] >= 2 * 132, (problem, op, launch)
+
+
+def test_an_empty_batch_is_one_launch() -> None:
+    for op in ("train", "eval", "backward"):
+        plan = plan_of({"outer": 0, "channels": 8, "inner": 4, "dtype": 2}, "h100", op=op)
+        assert (plan["strategy"], len(plan["launches"])) == ("empty", 1)
+        assert plan["bytes_read"] == plan["bytes_written"] == 0
+
+
+def test_too_many_values_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"at most 2\^34 values"):
+        plan_of({"outer": 2**31, "channels": 16, "inner": 1, "dtype": 0}, "b200", op="train")
+
+
+def test_explain_says_what_runs() -> None:
+    """For a GPU that is not here: strategy, launches, bytes, what is saved, and the time of the bytes."""
+    shape = (256, 64, 56, 56)
+    it = bnfused.explain(
+        shape,
+        dtype=torch.bfloat16,
+        memory_format=torch.channels_last,
+        residual=True,
+        activation="relu",
+        device_limits="h100",
+    )
+    size = 2 * math.prod(shape)
+    mask = math.prod(shape) // 8
+    assert it.forward.strategy == "streaming"
+    assert [launch.kernel for launch in it.forward.launches] == ["reduce", "apply"]
+    assert (it.forward.bytes_read, it.forward.bytes_written) == (3 * size, size + mask)
+    assert it.backward is not None
+    assert (it.backward.bytes_read, it.backward.bytes_written) == (4 * size + 2 * mask, 2 * size)
+    assert it.forward.seconds == pytest.approx((4 * size + mask) / 3350e9)
+    assert it.saved == {"x": size, "mean and invstd": 16 * 64, "residual": size, "mask": mask}
+    for words in ("batch_norm + add + relu, training", "cuda on H100", "launch reduce", "mask 6.42 MB"):
+        assert words in str(it)
+
+
+def test_explain_saves_what_the_autograd_function_saves() -> None:
+    """The bytes that ``saved`` counts, against tensors that autograd really keeps."""
+    for residual, activation in ((False, None), (True, None), (False, "relu"), (True, "relu"), (True, "silu")):
+        x = torch.randn(4, 16, 6, 6, requires_grad=True)
+        added = torch.randn_like(x, requires_grad=True) if residual else None
+        y = bnfused.functional.batch_norm(x, None, None, training=True, residual=added, activation=activation)
+        assert y.grad_fn is not None
+        kept = sum(t.numel() * t.element_size() for t in y.grad_fn.saved_tensors if t is not None)  # type: ignore[attr-defined]
+        it = bnfused.explain(x, residual=residual, activation=activation)
+        assert sum(it.saved.values()) == kept, (residual, activation)
+
+
+def test_explain_of_the_cpu() -> None:
+    x = torch.randn(8, 16, 14, 14)
+    it = bnfused.explain(x)
+    assert (it.backend, it.forward.strategy) == ("cpu", "planes")
+    assert (it.forward.bytes_read, it.forward.bytes_written) == (x.nbytes, x.nbytes)
+    last = bnfused.explain(x.to(memory_format=torch.channels_last))
+    assert (last.forward.strategy, last.forward.bytes_read) == ("rows", 2 * x.nbytes)
+    assert last.forward.seconds is not None and last.forward.seconds > 0
+    evaluated = bnfused.explain(x, training=False, grad=False)
+    assert evaluated.backward is None and evaluated.saved == {}
+
+
+def test_explain_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="expected device_limits of .*h100.*, got 'gtx'"):
+        bnfused.explain((8, 4), device_limits="gtx")
+    with pytest.raises(ValueError, match="activation"):
+        bnfused.explain((8, 4), activation="cube")
+    with pytest.raises((ValueError, RuntimeError), match=r"\[N, C, \.\.\.\]"):
+        bnfused.explain((8,))
+
+
+def test_explain_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from bnfused.__main__ import main
+
+    assert main(["explain", "32", "64", "56", "56", "--channels-last", "--device-limits", "a100"]) == 0
+    assert "cuda on A100" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as error:
+        main(["explain", "32", "64", "--channels-last"])
+    assert error.value.code == 2
+    assert "4 and 5 dimensions" in capsys.readouterr().err
