@@ -7,6 +7,8 @@
 // among the first 8 that puts the shift off by d adds (8 d)^2 to the variance itself. Source: Chan, Golub, LeVeque,
 // "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 #pragma once
+#include <cfloat>
+
 #include "kernels/pack.cuh"
 
 namespace bnfused {
@@ -32,21 +34,33 @@ struct Moments {
 // A run ends after this many times the loads that a thread starts together: 64 values of 2 bytes.
 constexpr int kStepsOfRun = 16;
 
-// A short run of values, as differences from its shift.
-template <class A>
-struct Run {
-  A shift = 0, sum = 0, squares = 0;
+// Squares of float32 overflow from 2^64 on. A run whose squares did is added up again with this factor in each.
+constexpr float kShrink = 0x1p-136f;
 
-  __device__ __forceinline__ void add(A value) {
+// A short run of values, as differences from its shift, added up in Sum.
+template <class A, class Sum>
+struct Run {
+  A shift = 0;
+  Sum sum = 0, squares = 0;  // squares times the factor
+
+  __device__ __forceinline__ bool overflowed() const { return sizeof(A) < sizeof(double) && squares > FLT_MAX; }
+
+  __device__ __forceinline__ void add(A value, A factor) {
     const A d = value - shift;
     sum += d;
-    squares = fma(d, d, squares);
+    squares = fma(d, d * factor, squares);
   }
 
-  __device__ __forceinline__ Moments<A> moments(A count) const {
-    const A offset = quotient(sum, count);
-    const A m2 = squares - sum * offset;
-    return {double(shift) + double(offset), double(m2 < 0 ? A(0) : m2), count};
+  // Another run about the same shift.
+  __device__ __forceinline__ void append(const Run<A, A>& other) {
+    sum += other.sum;
+    squares += other.squares;
+  }
+
+  __device__ __forceinline__ Moments<A> moments(A count, A factor) const {
+    const Sum offset = quotient(sum, Sum(count));
+    const Sum m2 = squares - sum * Sum(factor) * offset;
+    return {double(shift) + double(offset), double(m2 < 0 ? Sum(0) : m2) * (factor == 1 ? 1.0 : 1.0 / kShrink), count};
   }
 };
 

@@ -25,40 +25,53 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
   const uint32_t end = part_end < rows ? part_end : rows;
   uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane;
   while (row < end) {
-    Run<A> run[kUnit];
+    const uint32_t first = row;
+    Run<A, A> run[kUnit];
     A count = 0;
-    for (int step = 0; step < kStepsOfRun && row < end; ++step) {
-      Pack<T> packs[kLoads];
+    A factor = 1;
+    for (;;) {
+      for (int step = 0; step < kStepsOfRun && row < end; ++step) {
+        Pack<T> packs[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const uint32_t r = row + i * s.lanes;
-        if (r < end) {
-          load_unit(packs[i], x + (int64_t(r) * s.columns + thread.column) * kUnit, {0, kUnit}, wide);
-        } else {
-          packs[i] = packs[0];
+        for (int i = 0; i < kLoads; ++i) {
+          const uint32_t r = row + i * s.lanes;
+          if (r < end) {
+            load_unit(packs[i], x + (int64_t(r) * s.columns + thread.column) * kUnit, {0, kUnit}, wide);
+          } else {
+            packs[i] = packs[0];
+          }
+        }
+        if (step == 0) {
+#pragma unroll
+          for (int k = 0; k < kUnit; ++k) {
+            A values[kLoads];
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) values[i] = to_accumulate(packs[i].v[k]);
+            run[k].shift = mean_in_pairs(values);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          if (row < end) {
+#pragma unroll
+            for (int k = 0; k < kUnit; ++k) run[k].add(to_accumulate(packs[i].v[k]), factor);
+            count += 1;
+            row += s.lanes;
+          }
         }
       }
-      if (step == 0) {
+      bool overflowed = false;
 #pragma unroll
-        for (int k = 0; k < kUnit; ++k) {
-          A values[kLoads];
+      for (int k = 0; k < kUnit; ++k) overflowed |= run[k].overflowed();
+      if (!overflowed || factor != 1) break;
+      factor = kShrink;
+      row = first;
+      count = 0;
 #pragma unroll
-          for (int i = 0; i < kLoads; ++i) values[i] = to_accumulate(packs[i].v[k]);
-          run[k].shift = mean_in_pairs(values);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (row < end) {
-#pragma unroll
-          for (int k = 0; k < kUnit; ++k) run[k].add(to_accumulate(packs[i].v[k]));
-          count += 1;
-          row += s.lanes;
-        }
-      }
+      for (int k = 0; k < kUnit; ++k) run[k] = {run[k].shift};
     }
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) total[k].merge(run[k].moments(count));
+    for (int k = 0; k < kUnit; ++k) total[k].merge(run[k].moments(count, factor));
   }
   // The last unit of the tensor, if it is not whole.
   const Span rest = span_of(whole_units, numel);
@@ -70,6 +83,21 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
       if (rest.has(k)) total[k].merge({double(to_accumulate(pack.v[k])), 0, 1});
     }
   }
+}
+
+// The mean of the values of a unit that the span has; what it lacks takes the value of a neighbour.
+template <class T>
+__device__ __forceinline__ Accumulate<T> mean_of_owned(const Pack<T>& pack, Span span) {
+  Accumulate<T> values[kUnit];
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) values[k] = to_accumulate(pack.v[k]);
+  if (!span.whole()) {
+#pragma unroll
+    for (int k = 1; k < kUnit; ++k) values[k] = k < span.end ? values[k] : values[k - 1];
+#pragma unroll
+    for (int k = kUnit - 2; k >= 0; --k) values[k] = k < span.begin ? values[k + 1] : values[k];
+  }
+  return mean_in_pairs(values);
 }
 
 // Moments of a channel over the thread's units of its planes.
@@ -92,28 +120,34 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const T* x, bool
         if (!at.span.empty()) load_unit(packs[i], x + int64_t(at.unit) * kUnit, at.span, wide);
       }
     }
-    Run<A> run;
+    A shift = 0;
     int count = 0;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = kLoads - 1; i >= 0; --i) {
       if (spans[i].empty()) continue;
-      A values[kUnit];
-#pragma unroll
-      for (int k = 0; k < kUnit; ++k) values[k] = to_accumulate(packs[i].v[k]);
-      if (!spans[i].whole()) {  // the others take the value of the last, so that all are of the channel
-#pragma unroll
-        for (int k = 1; k < kUnit; ++k) values[k] = spans[i].end <= k ? values[k - 1] : values[k];
-#pragma unroll
-        for (int k = kUnit - 2; k >= 0; --k) values[k] = k < spans[i].begin ? values[k + 1] : values[k];
-      }
-      if (count == 0) run.shift = mean_in_pairs(values);
-#pragma unroll
-      for (int k = 0; k < kUnit; ++k) {
-        if (spans[i].has(k)) run.add(values[k]);
-      }
+      shift = mean_of_owned(packs[i], spans[i]);
       count += spans[i].end - spans[i].begin;
     }
-    if (count > 0) total.merge(run.moments(A(count)));
+    if (count == 0) continue;
+    // Units are added in A, and their sums in double: with an outlier among the first values the shift is far off, and
+    // the squares that are then corrected by it must not be rounded.
+    Run<A, double> run;
+    A factor = 1;
+    for (;;) {
+      run = {shift};
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        Run<A, A> of_unit{shift};
+#pragma unroll
+        for (int k = 0; k < kUnit; ++k) {
+          if (spans[i].has(k)) of_unit.add(to_accumulate(packs[i].v[k]), factor);
+        }
+        run.append(of_unit);
+      }
+      if (!run.overflowed() || factor != 1) break;
+      factor = kShrink;
+    }
+    total.merge(run.moments(A(count), factor));
   }
   return total;
 }
