@@ -29,6 +29,8 @@ struct LaunchConfig {
   unsigned grid = 1, block = 1;  // blocks and threads; kernels decode both themselves
   size_t shared_bytes = 0;       // dynamic
   cudaStream_t stream = nullptr;
+  bool cooperative = false;  // all blocks are resident at once, and may wait for each other
+  unsigned cluster = 1;      // blocks that reach each other's shared memory, from sm_90 on
 };
 
 template <class... Parameters, class... Arguments>
@@ -38,6 +40,19 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Ar
   c.blockDim = dim3(config.block);
   c.dynamicSmemBytes = config.shared_bytes;
   c.stream = config.stream;
+  cudaLaunchAttribute attributes[2];
+  c.attrs = attributes;
+  if (config.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[c.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[c.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = config.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   return cudaLaunchKernelEx(&c, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...);
 }
 
@@ -68,6 +83,61 @@ __device__ __forceinline__ T shuffle_xor(T v, int lanes) {
   memcpy(&v, words, sizeof(T));
   return v;
 }
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+// Copies of 16 bytes from global to shared memory that the thread does not wait for. They form groups, which end in
+// order: cp_async_wait<n> waits until at most the last n groups of this thread are under way. Before sm_80 they happen
+// at once.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+__device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kGroupsLeft>
+__device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+#endif
+}
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+// A barrier in shared memory that also waits for bytes. A phase ends when `count` threads have arrived and all bytes
+// that they expect are there; phases alternate between parity 0 and 1.
+using Mbarrier = uint64_t;
+__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, unsigned count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expecting(Mbarrier* barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
+  unsigned ended = 0;
+  while (!ended) {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(ended)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  }
+}
+// A copy that one thread starts for all; addresses and size are multiples of 16, and `barrier` gets the bytes.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, Mbarrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+#endif
 
 }  // namespace bnfused
 
