@@ -1,4 +1,4 @@
-// The ops on CPU tensors.
+// The ops on CPU tensors; and the library that the ops of every device belong to, for this file is in every build.
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -7,6 +7,7 @@
 
 #include "cpu/backend.h"
 #include "ops/ops.h"
+#include "ops/schema.h"
 
 namespace {
 
@@ -38,6 +39,8 @@ struct Cpu {
 };
 
 }  // namespace
+
+TORCH_LIBRARY(bnfused, m) { bnfused::ops::define(m); }
 
 TORCH_LIBRARY_IMPL(bnfused, CPU, m) {
   m.impl("batch_norm_train", bnfused::ops::batch_norm_train<Cpu>);

@@ -3,9 +3,11 @@
 // mean and invstd are float64 (C,): a float32 mean loses what the backward needs once mean / std passes 1e4.
 // mask is uint8, one bit per value, and only there for ReLU with a residual; every other activation is recomputed.
 // momentum None is the cumulative average: 1 / num_batches_tracked, counted with this batch.
-#include <torch/library.h>
+#include "ops/schema.h"
 
-TORCH_LIBRARY(bnfused, m) {
+namespace bnfused::ops {
+
+void define(torch::Library& m) {
   m.def(
       "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, int activation, "
@@ -28,3 +30,5 @@ TORCH_LIBRARY(bnfused, m) {
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       {at::Tag::pt2_compliant_tag});
 }
+
+}  // namespace bnfused::ops

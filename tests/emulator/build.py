@@ -4,12 +4,14 @@
 
     python tests/emulator/build.py faulty_kernels faulty_kernels-thread
 
-A target ends in the sanitizer that it is built with: ``-address`` (with undefined behaviour) or ``-thread``; without
+A program ends in the sanitizer that it is built with: ``-address`` (with undefined behaviour) or ``-thread``; without
 either it is the plain build. The emulated device itself is never built with one, see sanitizers.h.
+``libbnfused_emulated.so`` has the ops for torch.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -29,7 +31,9 @@ SANITIZERS = {
     "-thread": "-O1 -fsanitize=thread",
 }
 DEVICE = ("emulated_device.cpp", "fiber.cpp", "guarded_buffer.cpp")
+LAUNCHERS = tuple(ROOT / "csrc" / "cuda" / f"batch_norm_{op}.cu" for op in ("train", "eval", "backward"))
 PROGRAMS = {"faulty_kernels": (HERE / "faulty_kernels.cpp",)}
+TORCH_OPS = (HERE / "emulated_ops.cpp", ROOT / "csrc" / "ops" / "schema.cpp")
 
 
 def cuda_include() -> Path:
@@ -50,6 +54,13 @@ def cuda_include() -> Path:
     )
 
 
+def torch_folder() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("no torch to build the emulated ops for")
+    return Path(spec.origin).parent
+
+
 def machine_flags() -> str:
     """Fused multiply-add where the compiler and this machine have it, as a GPU has."""
     try:
@@ -66,13 +77,13 @@ def ninja_file() -> str:
     lines = [
         f"flags = {FLAGS} {machine_flags()} {include}",
         "rule compile",
-        f"  command = {compiler} -MMD -MF $out.d $flags $more -c $in -o $out",
+        f"  command = {compiler} -MMD -MF $out.d $flags $more -x c++ -c $in -o $out",
         "  deps = gcc",
         "  depfile = $out.d",
         "  description = $in",
         "rule link",
-        # -rdynamic: the emulator asks the linker for the names of kernels.
-        f"  command = {compiler} -rdynamic $more $in -o $out -ldl",
+        # -rdynamic: the emulated device asks the linker for the names of kernels.
+        f"  command = {compiler} -rdynamic $more $in -o $out $libraries -ldl",
         "  description = $out",
     ]
 
@@ -81,7 +92,16 @@ def ninja_file() -> str:
         lines.append(f"build {output}: compile {source}\n  more = {more}")
         return output
 
-    device = " ".join(compile(HERE / name, "", "-O2 -fPIC") for name in DEVICE)
+    plain = f"{SANITIZERS['']} -fPIC"
+    device = " ".join(compile(HERE / name, "", plain) for name in DEVICE)
+    torch = torch_folder()
+    headers = f"-isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
+    objects = " ".join(
+        [compile(source, "", plain) for source in LAUNCHERS]
+        + [compile(source, "", f"-O1 -fPIC {headers}") for source in TORCH_OPS]
+    )
+    lines.append(f"build libbnfused_emulated.so: link {objects} {device}")
+    lines.append(f"  more = -shared\n  libraries = -L{torch / 'lib'} -ltorch_cpu -lc10")
     for name, sources in PROGRAMS.items():
         for suffix, sanitizer in SANITIZERS.items():
             objects = " ".join(compile(source, suffix, sanitizer) for source in sources)

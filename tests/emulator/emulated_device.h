@@ -9,10 +9,10 @@
 #endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <math.h>  // not <cmath>: exp(float) is a float in the global namespace, as in CUDA
 #include <vector_functions.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <source_location>
@@ -84,7 +84,7 @@ T warp(WarpOp op, unsigned mask, T value, int argument, int width, Location at) 
   LaneValue lane{};
   std::memcpy(&lane, &value, sizeof(T));
   lane = warp(op, mask, lane, argument, width, at);
-  std::memcpy(&value, &lane, sizeof(T));
+  std::memcpy(static_cast<void*>(&value), &lane, sizeof(T));
   return value;
 }
 

@@ -1,0 +1,122 @@
+"""``torch.ops.bnfused_emulated``: the CUDA backend on CPU tensors, and the settings of the device that it runs on."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from emulator.build import build
+
+OPS = ("batch_norm_train", "batch_norm_frozen", "batch_norm_eval", "batch_norm_backward")
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+STRATEGIES = {"small": 1, "streaming": 2}  # csrc/plan.h
+
+
+@dataclass
+class Traffic:
+    """Bytes moved by accesses of 16 bytes, and by smaller ones."""
+
+    wide: int = 0
+    narrow: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.wide + self.narrow
+
+
+@dataclass
+class Launch:
+    """One kernel that ran, and what it moved of every buffer that it loaded from or stored to."""
+
+    kernel: str
+    grid: int
+    block: int
+    dynamic_shared: int
+    static_shared: int
+    read: dict[str, Traffic] = field(default_factory=dict)
+    written: dict[str, Traffic] = field(default_factory=dict)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Builds and loads it; the ops are defined then."""
+    path = build("libbnfused_emulated.so")
+    torch.ops.load_library(str(path))
+    lib = ctypes.CDLL(str(path))
+    lib.bnfused_emulated_fix_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint]
+    lib.bnfused_emulated_drop.argtypes = [ctypes.c_char_p]
+    lib.bnfused_emulated_take_launches.restype = ctypes.c_char_p
+    lib.bnfused_emulated_sites.restype = ctypes.c_char_p
+    return lib
+
+
+@cache
+def ops() -> SimpleNamespace:
+    """The builtins, as ``bnfused.ops`` has them."""
+    library()
+    return SimpleNamespace(**{name: getattr(torch.ops.bnfused_emulated, name).default._op for name in OPS})
+
+
+def take_launches() -> list[Launch]:
+    """The launches since the last call."""
+    launches: list[Launch] = []
+    for line in library().bnfused_emulated_take_launches().decode().splitlines():
+        kind, name, *rest = line.split()
+        numbers = [int(n) for n in rest]
+        if kind == "launch":
+            launches.append(Launch(name, *numbers))
+        else:
+            launches[-1].read[name] = Traffic(*numbers[:2])
+            launches[-1].written[name] = Traffic(*numbers[2:])
+    return launches
+
+
+def sites() -> list[str]:
+    """The barriers and fences met so far, as ``layout.cuh:12``."""
+    return library().bnfused_emulated_sites().decode().split()
+
+
+@contextmanager
+def settings(
+    *,
+    order: str | None = None,
+    seed: int = 1,
+    resident_blocks: int = 4,
+    sm_count: int = 4,
+    compute_capability: int = 90,
+    strategy: str | None = None,
+    dropped_site: str = "",
+) -> Iterator[None]:
+    """The emulated device with these settings; the default ones again afterwards.
+
+    Args:
+        order: forward, reverse or random, with ``seed``; None gives each call another schedule.
+        resident_blocks: alive at once.
+        strategy: small or streaming, where the problem allows it; None is the planner's choice.
+        dropped_site: a barrier or fence that does nothing, one of ``sites()``.
+    """
+    _apply(order, seed, resident_blocks, sm_count, compute_capability, strategy, dropped_site)
+    try:
+        yield
+    finally:
+        _apply(None, 1, 4, 4, 90, None, "")
+
+
+def _apply(
+    order: str | None, seed: int, resident: int, sms: int, capability: int, strategy: str | None, site: str
+) -> None:
+    lib: Any = library()
+    if order is None:
+        lib.bnfused_emulated_vary_schedule()
+    else:
+        lib.bnfused_emulated_fix_schedule(ORDERS[order], seed, resident)
+    lib.bnfused_emulated_device(sms, capability)
+    lib.bnfused_emulated_strategy(STRATEGIES[strategy] if strategy else -1)
+    lib.bnfused_emulated_drop(site.encode())

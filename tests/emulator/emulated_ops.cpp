@@ -1,0 +1,276 @@
+// torch.ops.bnfused_emulated.*: the CUDA backend on CPU tensors. The checks of ops.h, the planner, the launchers and
+// the kernels are the real ones; the device is the emulated one.
+//
+// Every tensor of a call is copied to device memory of its exact size and alignment, and back: so that each call is
+// also a test of bounds, and nothing that a kernel did not write is right by chance.
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "cuda/launch.h"
+#include "emulator.h"
+#include "ops/ops.h"
+#include "ops/schema.h"
+
+namespace {
+
+using namespace bnfused;
+using emulator::GuardedBuffer;
+
+struct Settings {
+  bool vary_schedule = true;  // each launch gets another one, in turn
+  int compute_capability = 90;
+  std::optional<Strategy> strategy;  // not the planner's choice
+};
+Settings settings;
+std::string text;       // what the last query returned
+std::mutex one_device;  // the emulator has one
+uint64_t calls = 0;
+
+// Device copies of the tensors of one call.
+class DeviceMemory {
+ public:
+  // `p` is nullptr where the call has no such tensor.
+  template <class T>
+  T* input(const char* name, T* p, int64_t bytes) {
+    return add(name, p, bytes, true, false);
+  }
+  template <class T>
+  T* output(const char* name, T* p, int64_t bytes) {
+    return add(name, p, bytes, false, true);
+  }
+  template <class T>
+  T* updated(const char* name, T* p, int64_t bytes) {
+    return add(name, p, bytes, true, true);
+  }
+  PerChannel input(const char* name, const PerChannel& t, int64_t channels) {
+    return {input(name, t.data, channels * detail::size_of(t.dtype)), t.dtype};
+  }
+  PerChannel output(const char* name, const PerChannel& t, int64_t channels) {
+    return {output(name, t.data, channels * detail::size_of(t.dtype)), t.dtype};
+  }
+  PerChannel updated(const char* name, const PerChannel& t, int64_t channels) {
+    return {updated(name, t.data, channels * detail::size_of(t.dtype)), t.dtype};
+  }
+
+  void copy_back() {
+    for (const Copy& copy : copies_) {
+      if (copy.host) std::memcpy(copy.host, copy.device.data(), copy.device.bytes());
+    }
+  }
+
+ private:
+  struct Copy {
+    Copy(const char* name, size_t bytes, size_t phase, void* host) : device(name, bytes, phase), host(host) {}
+
+    GuardedBuffer device;
+    void* host;  // where to copy it back to, or nullptr
+  };
+
+  template <class T>
+  T* add(const char* name, T* p, int64_t bytes, bool copy_in, bool copy_out) {
+    if (!p) return nullptr;
+    void* host = const_cast<std::remove_const_t<T>*>(p);
+    const auto size = static_cast<size_t>(bytes);
+    Copy& copy = copies_.emplace_back(name, size, reinterpret_cast<uintptr_t>(p) % 16, copy_out ? host : nullptr);
+    if (copy_in) std::memcpy(copy.device.data(), host, size);
+    return copy.device.data<T>();
+  }
+
+  std::deque<Copy> copies_;  // its elements stay where they are
+};
+
+// Memory for a launch beside its arguments; checks that the tickets are left as they were found.
+class DeviceWorkspace {
+ public:
+  DeviceWorkspace(const Plan& plan, const Problem& problem)
+      : partials_("partials", static_cast<size_t>(cuda::workspace_bytes(plan, problem))),
+        tickets_("tickets", static_cast<size_t>(plan.tickets) * sizeof(unsigned)) {
+    std::memset(tickets_.data(), 0, tickets_.bytes());
+  }
+
+  cuda::Workspace get() { return {partials_.data(), tickets_.data<unsigned>()}; }
+
+  void check_tickets() const {
+    for (size_t i = 0; i < tickets_.bytes() / sizeof(unsigned); ++i) {
+      const unsigned ticket = tickets_.data<unsigned>()[i];
+      TORCH_CHECK(ticket == 0, "emulated device: the launch left ticket ", i, " at ", ticket);
+    }
+  }
+
+ private:
+  GuardedBuffer partials_, tickets_;
+};
+
+DeviceLimits limits() { return {static_cast<int>(emulator::options.sm_count), settings.compute_capability}; }
+
+const Strategy* forced() { return settings.strategy ? &*settings.strategy : nullptr; }
+
+void choose_schedule() {
+  ++calls;
+  if (!settings.vary_schedule) return;
+  constexpr emulator::Order kOrders[] = {emulator::Order::kForward, emulator::Order::kRandom, emulator::Order::kReverse,
+                                         emulator::Order::kRandom};
+  constexpr unsigned kResidentBlocks = 4;
+  emulator::Options& o = emulator::options;
+  o.order = kOrders[calls % 4];
+  o.seed = calls / 2;  // odd and even ones by turns
+  o.resident_blocks = o.order == emulator::Order::kRandom ? kResidentBlocks : 1;
+  o.early_copies = o.order == emulator::Order::kReverse;
+}
+
+void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "emulated device: ", emulator::report()); }
+
+int64_t bytes_of(const Problem& p) { return p.numel() * detail::size_of(p.dtype); }
+
+struct Emulated {
+  static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
+
+  static void batch_norm_train(const TrainArgs& host) {
+    const std::lock_guard lock(one_device);
+    const Problem& p = host.problem;
+    const int64_t bytes = bytes_of(p), c = p.channels, doubles = c * static_cast<int64_t>(sizeof(double));
+    DeviceMemory memory;
+    TrainArgs args = host;
+    args.x = memory.input("x", host.x, bytes);
+    args.residual = memory.input("residual", host.residual, bytes);
+    args.y = memory.output("y", host.y, bytes);
+    args.mask = memory.output("mask", host.mask, mask_bytes(p));
+    args.weight = memory.input("weight", host.weight, c);
+    args.bias = memory.input("bias", host.bias, c);
+    args.running_mean = memory.updated("running_mean", host.running_mean, c);
+    args.running_var = memory.updated("running_var", host.running_var, c);
+    args.num_batches_tracked = memory.updated("num_batches_tracked", host.num_batches_tracked, sizeof(int64_t));
+    args.mean = memory.output("mean", host.mean, doubles);
+    args.invstd = memory.output("invstd", host.invstd, doubles);
+
+    TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
+    const Plan plan = plan_train(p, cuda::request_of(args), limits(), forced());
+    DeviceWorkspace workspace(plan, p);
+    choose_schedule();
+    check(cuda::batch_norm_train(args, plan, workspace.get(), nullptr));
+    workspace.check_tickets();
+    memory.copy_back();
+  }
+
+  static void batch_norm_eval(const EvalArgs& host) {
+    const std::lock_guard lock(one_device);
+    const Problem& p = host.problem;
+    const int64_t bytes = bytes_of(p), c = p.channels, doubles = c * static_cast<int64_t>(sizeof(double));
+    DeviceMemory memory;
+    EvalArgs args = host;
+    args.x = memory.input("x", host.x, bytes);
+    args.residual = memory.input("residual", host.residual, bytes);
+    args.y = memory.output("y", host.y, bytes);
+    args.mask = memory.output("mask", host.mask, mask_bytes(p));
+    args.weight = memory.input("weight", host.weight, c);
+    args.bias = memory.input("bias", host.bias, c);
+    args.running_mean = memory.input("running_mean", host.running_mean, c);
+    args.running_var = memory.input("running_var", host.running_var, c);
+    args.mean = memory.output("mean", host.mean, doubles);
+    args.invstd = memory.output("invstd", host.invstd, doubles);
+
+    TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
+    const Plan plan = plan_eval(p, cuda::request_of(args), limits());
+    choose_schedule();
+    check(cuda::batch_norm_eval(args, plan, nullptr));
+    memory.copy_back();
+  }
+
+  static void batch_norm_backward(const BackwardArgs& host) {
+    const std::lock_guard lock(one_device);
+    const Problem& p = host.problem;
+    const int64_t bytes = bytes_of(p), c = p.channels, doubles = c * static_cast<int64_t>(sizeof(double));
+    DeviceMemory memory;
+    BackwardArgs args = host;
+    args.grad_y = memory.input("grad_y", host.grad_y, bytes);
+    args.x = memory.input("x", host.x, bytes);
+    args.residual = memory.input("residual", host.residual, bytes);
+    args.mask = memory.input("mask", host.mask, mask_bytes(p));
+    args.weight = memory.input("weight", host.weight, c);
+    args.bias = memory.input("bias", host.bias, c);
+    args.mean = memory.input("mean", host.mean, doubles);
+    args.invstd = memory.input("invstd", host.invstd, doubles);
+    args.grad_x = memory.output("grad_x", host.grad_x, bytes);
+    args.grad_residual = memory.output("grad_residual", host.grad_residual, bytes);
+    args.grad_weight = memory.output("grad_weight", host.grad_weight, c);
+    args.grad_bias = memory.output("grad_bias", host.grad_bias, c);
+
+    TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
+    const Plan plan = plan_backward(p, cuda::request_of(args), limits(), forced());
+    DeviceWorkspace workspace(plan, p);
+    choose_schedule();
+    check(cuda::batch_norm_backward(args, plan, workspace.get(), nullptr));
+    workspace.check_tickets();
+    memory.copy_back();
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY(bnfused_emulated, m) { bnfused::ops::define(m); }
+
+TORCH_LIBRARY_IMPL(bnfused_emulated, CPU, m) {
+  m.impl("batch_norm_train", bnfused::ops::batch_norm_train<Emulated>);
+  m.impl("batch_norm_frozen", bnfused::ops::batch_norm_frozen<Emulated>);
+  m.impl("batch_norm_eval", bnfused::ops::batch_norm_eval<Emulated>);
+  m.impl("batch_norm_backward", bnfused::ops::batch_norm_backward<Emulated>);
+}
+
+// What tests/emulator/emulated.py calls.
+extern "C" {
+
+void bnfused_emulated_vary_schedule() { settings.vary_schedule = true; }
+
+void bnfused_emulated_fix_schedule(int order, uint64_t seed, unsigned resident_blocks) {
+  settings.vary_schedule = false;
+  emulator::Options& o = emulator::options;
+  o.order = static_cast<emulator::Order>(order);
+  o.seed = seed;
+  o.resident_blocks = resident_blocks;
+  o.early_copies = o.order == emulator::Order::kReverse;
+}
+
+void bnfused_emulated_device(unsigned sm_count, int compute_capability) {
+  emulator::options.sm_count = sm_count;
+  settings.compute_capability = compute_capability;
+}
+
+// -1: the planner's own.
+void bnfused_emulated_strategy(int strategy) {
+  settings.strategy = strategy < 0 ? std::nullopt : std::optional(static_cast<Strategy>(strategy));
+}
+
+void bnfused_emulated_drop(const char* site) { emulator::options.dropped_site = site; }
+
+// Lines: a launch, then its buffers. Empties the record.
+//   launch KERNEL GRID BLOCK DYNAMIC_SHARED STATIC_SHARED
+//   buffer NAME READ_WIDE READ_NARROW WRITTEN_WIDE WRITTEN_NARROW
+const char* bnfused_emulated_take_launches() {
+  text.clear();
+  for (const auto& launch : emulator::launches()) {
+    const LaunchConfig& c = launch.config;
+    text += "launch " + launch.kernel;
+    for (const size_t n : {size_t{c.grid}, size_t{c.block}, c.shared_bytes, launch.static_shared_bytes}) {
+      text += " " + std::to_string(n);
+    }
+    text += "\n";
+    for (const auto& b : launch.buffers) {
+      text += "buffer " + b.buffer;
+      for (const uint64_t n : {b.read.wide, b.read.narrow, b.written.wide, b.written.narrow}) {
+        text += " " + std::to_string(n);
+      }
+      text += "\n";
+    }
+  }
+  emulator::clear_launches();
+  return text.c_str();
+}
+
+const char* bnfused_emulated_sites() {
+  text.clear();
+  for (const std::string& site : emulator::sites()) text += site + "\n";
+  return text.c_str();
+}
+}
