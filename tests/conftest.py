@@ -14,8 +14,10 @@ from torch import Tensor
 
 import bnfused
 from bnfused import _extension
+from emulator import emulated
 
-BACKENDS = ("reference", "cpu")
+# emulated: the CUDA backend on the emulated device, tests/emulator.
+BACKENDS = ("reference", "cpu", "emulated")
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,13 @@ class Backend:
         return self.name
 
 
-def _backend(name: str) -> Backend:
+def _backend(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if name == "reference":
         return Backend(name, bnfused.reference.batch_norm)
     require_extension()
+    if name == "emulated":
+        for op in emulated.OPS:
+            monkeypatch.setattr(bnfused.ops, op, getattr(emulated.ops(), op))
     return Backend(name, bnfused.functional.batch_norm)
 
 
@@ -43,10 +48,10 @@ def require_extension() -> None:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Each implementation in turn."""
     request.node.user_properties.append(("backend", request.param))
-    return _backend(request.param)
+    return _backend(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ int64_t bytes_of(const Problem& p) { return p.numel() * detail::size_of(p.dtype)
 struct Emulated {
   static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
 
-  static void batch_norm_train(const TrainArgs& host) {
+  static void batch_norm_train(const TrainArgs& host, c10::Device) {
     const std::lock_guard lock(one_device);
     const Problem& p = host.problem;
     const int64_t bytes = bytes_of(p), c = p.channels, doubles = c * static_cast<int64_t>(sizeof(double));
@@ -154,7 +154,7 @@ struct Emulated {
     memory.copy_back();
   }
 
-  static void batch_norm_eval(const EvalArgs& host) {
+  static void batch_norm_eval(const EvalArgs& host, c10::Device) {
     const std::lock_guard lock(one_device);
     const Problem& p = host.problem;
     const int64_t bytes = bytes_of(p), c = p.channels, doubles = c * static_cast<int64_t>(sizeof(double));
@@ -178,7 +178,7 @@ struct Emulated {
     memory.copy_back();
   }
 
-  static void batch_norm_backward(const BackwardArgs& host) {
+  static void batch_norm_backward(const BackwardArgs& host, c10::Device) {
     const std::lock_guard lock(one_device);
     const Problem& p = host.problem;
     const int64_t bytes = bytes_of(p), c = p.channels, doubles = c * static_cast<int64_t>(sizeof(double));
