@@ -165,9 +165,9 @@ def _backward(
     )
 
 
-def register() -> None:
-    """Give torch the shapes; called once the extension has defined the ops."""
-    torch.library.register_fake("bnfused::batch_norm_train", _train)
-    torch.library.register_fake("bnfused::batch_norm_frozen", _frozen)
-    torch.library.register_fake("bnfused::batch_norm_eval", _eval)
-    torch.library.register_fake("bnfused::batch_norm_backward", _backward)
+def register(library: str = "bnfused") -> None:
+    """Give torch the shapes; called once a library has defined the ops."""
+    torch.library.register_fake(f"{library}::batch_norm_train", _train)
+    torch.library.register_fake(f"{library}::batch_norm_frozen", _frozen)
+    torch.library.register_fake(f"{library}::batch_norm_eval", _eval)
+    torch.library.register_fake(f"{library}::batch_norm_backward", _backward)

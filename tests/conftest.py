@@ -80,6 +80,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="seed of the random data; a fresh one in every run, printed in the header and by every failure",
     )
+    parser.addoption("--sanitize", action="store_true", help="also run the CUDA kernels under AddressSanitizer")
     parser.addoption("--large", action="store_true", help="also run the tests that need more than 2^31 elements")
 
 

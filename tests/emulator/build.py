@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,15 +25,20 @@ HERE = ROOT / "tests" / "emulator"
 OUTPUT = ROOT / "build" / "emulator"
 
 # Aliasing: kernels read 16 bytes as what they are not. Contraction: nvcc makes a fused multiply-add of a * b + c.
-FLAGS = "-std=c++20 -g -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=fast"
+FLAGS = "-std=c++20 -g -fPIC -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=fast"
+# -thread not below -O2: ThreadSanitizer does not see what a function writes straight into the place of its result, and
+# inlined it does.
 SANITIZERS = {
     "": "-O2",
     "-address": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
-    "-thread": "-O1 -fsanitize=thread",
+    "-thread": "-O2 -fsanitize=thread",
 }
-DEVICE = ("emulated_device.cpp", "fiber.cpp", "guarded_buffer.cpp")
+DEVICE = tuple(HERE / f"{name}.cpp" for name in ("emulated_device", "fiber", "guarded_buffer"))
 LAUNCHERS = tuple(ROOT / "csrc" / "cuda" / f"batch_norm_{op}.cu" for op in ("train", "eval", "backward"))
-PROGRAMS = {"faulty_kernels": (HERE / "faulty_kernels.cpp",)}
+PROGRAMS = {
+    "faulty_kernels": (HERE / "faulty_kernels.cpp",),
+    "run_launchers": (HERE / "run_launchers.cpp", *LAUNCHERS),
+}
 TORCH_OPS = (HERE / "emulated_ops.cpp", ROOT / "csrc" / "ops" / "schema.cpp")
 
 
@@ -87,28 +93,31 @@ def ninja_file() -> str:
         "  description = $out",
     ]
 
-    def compile(source: Path, suffix: str, more: str) -> str:
-        output = f"{source.stem}{suffix}.o"
-        lines.append(f"build {output}: compile {source}\n  more = {more}")
-        return output
+    objects: set[str] = set()
 
-    plain = f"{SANITIZERS['']} -fPIC"
-    device = " ".join(compile(HERE / name, "", plain) for name in DEVICE)
+    def compile(sources: tuple[Path, ...], suffix: str, more: str) -> str:
+        outputs = [f"{source.stem}{suffix}.o" for source in sources]
+        for source, output in zip(sources, outputs, strict=True):
+            if output not in objects:
+                lines.append(f"build {output}: compile {source}\n  more = {more}")
+                objects.add(output)
+        return " ".join(outputs)
+
+    device = compile(DEVICE, "", SANITIZERS[""])
+    launchers = compile(LAUNCHERS, "", SANITIZERS[""])
     torch = torch_folder()
     headers = f"-isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
-    objects = " ".join(
-        [compile(source, "", plain) for source in LAUNCHERS]
-        + [compile(source, "", f"-O1 -fPIC {headers}") for source in TORCH_OPS]
-    )
-    lines.append(f"build libbnfused_emulated.so: link {objects} {device}")
+    ops = compile(TORCH_OPS, "", f"-O1 {headers}")
+    lines.append(f"build libbnfused_emulated.so: link {ops} {launchers} {device}")
     lines.append(f"  more = -shared\n  libraries = -L{torch / 'lib'} -ltorch_cpu -lc10")
     for name, sources in PROGRAMS.items():
         for suffix, sanitizer in SANITIZERS.items():
-            objects = " ".join(compile(source, suffix, sanitizer) for source in sources)
-            lines.append(f"build {name}{suffix}: link {objects} {device}\n  more = {sanitizer}")
+            program = compile(sources, suffix, sanitizer)
+            lines.append(f"build {name}{suffix}: link {program} {device}\n  more = {sanitizer}")
     return "\n".join(lines) + "\n"
 
 
+@cache
 def build(*targets: str) -> Path:
     """Brings the targets up to date; the path of the first.
 

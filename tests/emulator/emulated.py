@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bnfused import fake
 from emulator.build import build
 
 OPS = ("batch_norm_train", "batch_norm_frozen", "batch_norm_eval", "batch_norm_backward")
@@ -49,6 +50,7 @@ def library() -> ctypes.CDLL:
     """Builds and loads it; the ops are defined then."""
     path = build("libbnfused_emulated.so")
     torch.ops.load_library(str(path))
+    fake.register("bnfused_emulated")
     lib = ctypes.CDLL(str(path))
     lib.bnfused_emulated_fix_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint]
     lib.bnfused_emulated_drop.argtypes = [ctypes.c_char_p]

@@ -12,13 +12,13 @@
 #include <vector>
 
 #include "kernels/platform.cuh"
+#include "schedules.h"
 
 namespace faulty {  // not unnamed: launches are recorded by the names that the linker knows
 
 using namespace bnfused;
 using emulator::GuardedBuffer;
 using emulator::options;
-using emulator::Order;
 
 enum class Fault {
   kNone,
@@ -451,30 +451,6 @@ const Case kCases[] = {
     {"copy", run_copy},
 };
 
-void run_under_every_schedule(const Case& c) {
-  struct Schedule {
-    const char* name;
-    Order order;
-    uint64_t seed;
-    unsigned resident_blocks;
-    bool early_copies;
-  };
-  constexpr Schedule kSchedules[] = {
-      {"forward", Order::kForward, 1, 1, false}, {"reverse", Order::kReverse, 1, 1, true},
-      {"random1", Order::kRandom, 1, 4, false},  {"random2", Order::kRandom, 2, 4, false},
-      {"random3", Order::kRandom, 3, 4, false},  {"random4", Order::kRandom, 4, 4, false},
-  };
-  for (const Schedule& s : kSchedules) {
-    options.order = s.order;
-    options.seed = s.seed;
-    options.resident_blocks = s.resident_blocks;
-    options.early_copies = s.early_copies;
-    const bool right = c.run();
-    const std::string& report = emulator::report();
-    std::printf("%s: %s\n", s.name, right ? "right" : report.empty() ? "wrong" : report.c_str());
-  }
-}
-
 }  // namespace faulty
 
 int main(int count, char** arguments) {
@@ -482,7 +458,12 @@ int main(int count, char** arguments) {
   if (count > 2) options.dropped_site = arguments[2];
   for (const Case& c : kCases) {
     if (count < 2 || std::string(c.name) != arguments[1]) continue;
-    run_under_every_schedule(c);
+    for (const emulator::Schedule& schedule : emulator::kSchedules) {
+      schedule.choose();
+      const bool right = c.run();
+      const std::string& report = emulator::report();
+      std::printf("%s: %s\n", schedule.name, right ? "right" : report.empty() ? "wrong" : report.c_str());
+    }
     for (const std::string& site : emulator::sites()) std::printf("site %s\n", site.c_str());
     return 0;
   }

@@ -1,0 +1,230 @@
+// The CUDA backend on the emulated device without torch, so that a sanitizer can be in all of it: one case is a forward
+// and the backward that belongs to it.
+//
+//   run_launchers                   the names of the cases
+//   run_launchers NAME [SITE]       runs one; drops barrier or fence SITE
+//
+// One line a schedule: "forward: " and a hash of everything that was written, or the emulator's report. Then the sites
+// that were met and the kernels that ran, one line each. What is computed is not looked at: other tests do that, and
+// here it must not depend on the schedule.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "emulator.h"
+#include "sanitizers.h"
+#include "schedules.h"
+
+namespace {
+
+using namespace bnfused;
+using emulator::GuardedBuffer;
+
+struct Case {
+  const char* name;
+  Problem problem;
+  bool training = true;
+  Activation activation = Activation::kReLU;
+  bool residual = false;
+  std::optional<Strategy> strategy = {};
+  size_t phase = 0;  // of x's address, modulo 16
+  bool parameters = true;
+  bool grad_x = true;
+};
+
+constexpr DType kFloat = DType::kFloat32, kHalf = DType::kFloat16, kBfloat = DType::kBFloat16,
+                kDouble = DType::kFloat64;
+constexpr Activation kIdentity = Activation::kIdentity, kReLU = Activation::kReLU, kSiLU = Activation::kSiLU;
+
+// Every kernel, with whole and partial units, tiles and blocks; few threads, for ThreadSanitizer takes up to a
+// millisecond for each.
+const Case kCases[] = {
+    {"rows_streaming", {290, 64, 1, kFloat}, true, kReLU, false, Strategy::kStreaming},
+    {"rows_streaming_copies", {700, 6, 1, kFloat}, true, kSiLU, true, Strategy::kStreaming},
+    {"rows_small", {21, 40, 1, kHalf}, true, kReLU, true, Strategy::kSmall},
+    {"rows_small_copies", {19, 3, 1, kFloat}, true, kIdentity, false, Strategy::kSmall},
+    {"rows_frozen", {37, 24, 1, kBfloat}, false, kReLU, true},
+    {"rows_frozen_grad_x", {37, 24, 1, kFloat}, false, kReLU, false, {}, 0, false},
+    {"rows_parameters_only", {37, 24, 1, kFloat}, true, kIdentity, false, {}, 0, true, false},
+    {"planes_streaming", {3, 2, 1100, kFloat}, true, kReLU, true, Strategy::kStreaming},
+    {"planes_streaming_odd", {65, 2, 63, kHalf}, true, kSiLU, true, Strategy::kStreaming},
+    {"planes_small", {2, 3, 64, kFloat}, true, kReLU, true, Strategy::kSmall},
+    {"planes_small_odd", {5, 3, 7, kDouble}, true, kSiLU, false, Strategy::kSmall},
+    {"planes_frozen", {2, 5, 13, kFloat}, false, kReLU, true},
+    {"planes_frozen_grad_x", {2, 5, 13, kHalf}, false, kIdentity, true, {}, 0, false},
+    {"planes_parameters_only", {2, 5, 13, kFloat}, true, kReLU, false, {}, 0, true, false},
+    {"misaligned", {9, 3, 17, kFloat}, true, kReLU, false, {}, 4},
+    {"empty", {0, 5, 9, kFloat}},
+    {"empty_frozen", {0, 5, 1, kFloat}, false},
+};
+
+// Buffers of a case. Numbers are the same in every run; what the launches write is hashed.
+class Memory {
+ public:
+  void* numbers(const char* name, int64_t count, DType dtype, size_t phase = 0) {
+    GuardedBuffer& buffer = add(name, count * detail::size_of(dtype), phase);
+    for (int64_t i = 0; i < count; ++i) {
+      random_ = random_ * 6364136223846793005u + 1442695040888963407u;
+      store(buffer, i, dtype, static_cast<double>(random_ >> 40) / (1 << 23) - 1);  // in [-1, 1)
+    }
+    return buffer.data();
+  }
+  PerChannel parameter(const char* name, int64_t channels, DType dtype) {
+    return {numbers(name, channels, dtype), dtype};
+  }
+
+  void* result(const char* name, int64_t bytes, size_t phase = 0) {
+    results_.push_back(&add(name, bytes, phase));
+    return results_.back()->data();
+  }
+  PerChannel result(const char* name, int64_t channels, DType dtype) {
+    return {result(name, channels * detail::size_of(dtype)), dtype};
+  }
+  // Numbers that the launch changes, not negative.
+  PerChannel updated(const char* name, int64_t channels, DType dtype) {
+    void* p = result(name, channels * detail::size_of(dtype));
+    std::memset(p, 0, results_.back()->bytes());
+    return {p, dtype};
+  }
+
+  cuda::Workspace workspace(const Plan& plan, const Problem& problem) {
+    void* partials = add("partials", cuda::workspace_bytes(plan, problem), 0).data();
+    auto* tickets = static_cast<unsigned*>(result("tickets", plan.tickets * static_cast<int64_t>(sizeof(unsigned))));
+    std::fill_n(tickets, plan.tickets, 0u);
+    return {partials, tickets};
+  }
+
+  uint64_t hash_of_results() const {  // FNV-1a
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (const GuardedBuffer* buffer : results_) {
+      for (size_t i = 0; i < buffer->bytes(); ++i) hash = (hash ^ buffer->data<unsigned char>()[i]) * 0x100000001b3u;
+    }
+    return hash;
+  }
+
+ private:
+  GuardedBuffer& add(const char* name, int64_t bytes, size_t phase) {
+    return buffers_.emplace_back(name, static_cast<size_t>(bytes), phase);
+  }
+
+  static void store(GuardedBuffer& buffer, int64_t i, DType dtype, double value) {
+    switch (dtype) {
+      case DType::kFloat16:
+        buffer.data<__half>()[i] = __float2half(static_cast<float>(value));
+        break;
+      case DType::kBFloat16:
+        buffer.data<__nv_bfloat16>()[i] = __float2bfloat16(static_cast<float>(value));
+        break;
+      case DType::kFloat32:
+        buffer.data<float>()[i] = static_cast<float>(value);
+        break;
+      default:
+        buffer.data<double>()[i] = value;
+    }
+  }
+
+  std::deque<GuardedBuffer> buffers_;  // its elements stay where they are
+  std::vector<const GuardedBuffer*> results_;
+  uint64_t random_ = 1;
+};
+
+// The forward, and the backward that belongs to it; what both wrote is in `memory`.
+cudaError_t run(const Case& c, Memory& memory) {
+  const Problem& p = c.problem;
+  constexpr DeviceLimits kDevice{1, 90};  // one SM: few blocks
+  const int64_t n = p.numel(), bytes = n * detail::size_of(p.dtype);
+  const auto doubles = p.channels * static_cast<int64_t>(sizeof(double));
+  const bool masked = c.residual && c.activation == kReLU;
+  const DType parameters = p.dtype == kDouble ? kDouble : kFloat;
+  const Strategy* forced = c.strategy ? &*c.strategy : nullptr;
+  const Epilogue epilogue{c.activation, 0};
+
+  const void* x = memory.numbers("x", n, p.dtype, c.phase);
+  const void* residual = c.residual ? memory.numbers("residual", n, p.dtype) : nullptr;
+  void* y = memory.result("y", bytes);
+  auto* mask = masked ? static_cast<uint8_t*>(memory.result("mask", mask_bytes(p))) : nullptr;
+  const PerChannel weight = memory.parameter("weight", p.channels, parameters);
+  const PerChannel bias = memory.parameter("bias", p.channels, p.dtype);
+  const PerChannel running_mean = memory.updated("running_mean", p.channels, parameters);
+  const PerChannel running_var = memory.updated("running_var", p.channels, p.dtype);
+  auto* counter = static_cast<int64_t*>(memory.updated("num_batches_tracked", 1, kDouble).data);
+  auto* mean = static_cast<double*>(memory.result("mean", doubles));
+  auto* invstd = static_cast<double*>(memory.result("invstd", doubles));
+
+  cudaError_t status;
+  constexpr double kEps = 1e-5;
+  if (c.training) {
+    const TrainArgs args{p,           x,       residual, y,      mask, weight, bias, running_mean,
+                         running_var, counter, mean,     invstd, kEps, 0,      true, epilogue};
+    const Plan plan = plan_train(p, cuda::request_of(args), kDevice, forced);
+    status = cuda::batch_norm_train(args, plan, memory.workspace(plan, p), nullptr);
+  } else {
+    const EvalArgs args{p, x, residual, y, mask, weight, bias, running_mean, running_var, mean, invstd, kEps, epilogue};
+    status = cuda::batch_norm_eval(args, plan_eval(p, cuda::request_of(args), kDevice), nullptr);
+  }
+  if (status != cudaSuccess) return status;
+
+  const void* grad_y = memory.numbers("grad_y", n, p.dtype);
+  BackwardArgs args{};
+  args.problem = p;
+  args.grad_y = grad_y;
+  args.x = x;
+  args.residual = masked ? nullptr : residual;
+  args.mask = mask;
+  args.weight = weight;
+  args.bias = bias;
+  args.mean = mean;
+  args.invstd = invstd;
+  args.training = c.training;
+  args.grad_x = c.grad_x ? memory.result("grad_x", bytes) : nullptr;
+  args.grad_residual = c.residual ? memory.result("grad_residual", bytes) : nullptr;
+  if (c.parameters) {
+    args.grad_weight = memory.result("grad_weight", p.channels, parameters);
+    args.grad_bias = memory.result("grad_bias", p.channels, p.dtype);
+  }
+  args.epilogue = epilogue;
+  const Plan plan = plan_backward(p, cuda::request_of(args), kDevice, forced);
+  return cuda::batch_norm_backward(args, plan, memory.workspace(plan, p), nullptr);
+}
+
+void run_under_every_schedule(const Case& c) {
+  for (const emulator::Schedule& schedule : emulator::kSchedules) {
+    schedule.choose();
+    Memory memory;
+    const cudaError_t status = run(c, memory);
+    if (status == cudaSuccess) {
+      std::printf("%s: %016llx\n", schedule.name, static_cast<unsigned long long>(memory.hash_of_results()));
+    } else {
+      std::printf("%s: %s\n", schedule.name, emulator::report().c_str());
+    }
+    if (emulator::under_tsan()) break;  // a race is seen in any schedule
+  }
+  for (const std::string& site : emulator::sites()) std::printf("site %s\n", site.c_str());
+  std::set<std::string> kernels;
+  for (const emulator::LaunchRecord& launch : emulator::launches()) kernels.insert(launch.kernel);
+  for (const std::string& kernel : kernels) std::printf("kernel %s\n", kernel.c_str());
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 2) emulator::options.dropped_site = arguments[2];
+  for (const Case& c : kCases) {
+    if (count < 2) {
+      std::printf("%s\n", c.name);
+    } else if (std::string(c.name) == arguments[1]) {
+      run_under_every_schedule(c);
+      return 0;
+    }
+  }
+  return count < 2 ? 0 : 2;
+}

@@ -1,0 +1,267 @@
+"""The CUDA kernels on the emulated device: schedules, races, barriers, launches and bytes.
+
+Whether their results are right is what every test with ``backend`` asks. Here: that no result depends on the order in
+which threads and blocks run, that every barrier and fence is needed, and that each kernel moves what it should.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from functools import cache
+
+import pytest
+import torch
+
+from emulator import emulated
+from emulator.build import ROOT, build
+
+KERNELS = sorted((ROOT / "csrc" / "kernels").glob("*.cuh"))
+SCHEDULES = 6  # emulator/schedules.h
+
+# ------------------------------------------------------------------------------- without torch: run_launchers.cpp
+
+
+class Run:
+    """One case of ``run_launchers``: what each schedule wrote, as a hash or a report, and what was met on the way."""
+
+    def __init__(self, suffix: str, case: str, dropped_site: str = ""):
+        # Fibers of a launch that failed are abandoned with what they had allocated.
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
+        result = subprocess.run(
+            [build(f"run_launchers{suffix}"), case, *filter(None, [dropped_site])],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+        )
+        self.exit_status, self.errors = result.returncode, result.stderr
+        lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+        self.sites = [text for kind, text in lines if kind == "site"]
+        self.kernels = {text for kind, text in lines if kind == "kernel"}
+        self.outcomes = {kind.rstrip(":"): text for kind, text in lines if kind.endswith(":")}
+
+
+@cache
+def case_names() -> list[str]:
+    return subprocess.run([build("run_launchers")], capture_output=True, text=True, check=True).stdout.split()
+
+
+@cache
+def undisturbed(case: str) -> Run:
+    return Run("", case)
+
+
+def is_hash(outcome: str) -> bool:
+    """Not a report."""
+    return re.fullmatch(r"[0-9a-f]{16}", outcome) is not None
+
+
+def test_results_do_not_depend_on_the_schedule():
+    """Bit for bit the same forward, in reverse and in four random orders; no report of the emulator.
+
+    Trap: partial sums that are added in the order in which blocks come.
+    """
+    for case in case_names():
+        run = undisturbed(case)
+        assert run.exit_status == 0 and len(run.outcomes) == SCHEDULES, (case, run.errors)
+        assert is_hash(run.outcomes["forward"]), (case, run.outcomes)
+        assert len(set(run.outcomes.values())) == 1, (case, run.outcomes)
+
+
+def test_no_races():
+    """ThreadSanitizer, to which each CUDA thread is a thread, sees every pair of accesses that nothing orders."""
+    for case in case_names():
+        run = Run("-thread", case)
+        assert run.exit_status == 0 and not run.errors, f"{case}: {run.errors}"
+        assert is_hash(run.outcomes["forward"]), (case, run.outcomes)
+
+
+def test_no_stray_accesses(request):
+    """AddressSanitizer and UndefinedBehaviorSanitizer: plain dereferences too, shared memory, overflow, alignment."""
+    if not request.config.getoption("--sanitize"):
+        pytest.skip("compiles for a minute; run with --sanitize, as make sanitize does")
+    for case in case_names():
+        run = Run("-address", case)
+        assert run.exit_status == 0 and not run.errors, f"{case}: {run.errors}"
+
+
+def test_every_kernel_and_every_barrier_is_run():
+    """What a kernel file has and no case meets would be tested by nothing below."""
+    text = "".join(path.read_text() for path in KERNELS)
+    kernels = set(re.findall(r"__global__ void __launch_bounds__\(\w+\)\s+(\w+)\(", text))
+    assert kernels == set().union(*(undisturbed(case).kernels for case in case_names()))
+    in_source = {
+        f"{path.name}:{number}"
+        for path in KERNELS
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if path.name != "platform.cuh" and re.search(r"__(syncthreads|syncwarp|threadfence)\w*\(", line.split("//")[0])
+    }
+    assert in_source == {site for case in case_names() for site in undisturbed(case).sites}
+
+
+def test_every_barrier_and_fence_is_needed():
+    """Without any one of them, a result changes, a schedule is reported, or ThreadSanitizer sees a race.
+
+    Traps: a barrier that is there to be safe; a fence that nothing tests, for its lack shows on few GPUs.
+    """
+    needless = []
+    for site in sorted({site for case in case_names() for site in undisturbed(case).sites}):
+        cases = [case for case in case_names() if site in undisturbed(case).sites]
+        if not any(changes_results(case, site) for case in cases) and not any(is_a_race(case, site) for case in cases):
+            needless.append(site)
+    assert not needless
+
+
+def changes_results(case: str, dropped_site: str) -> bool:
+    run = Run("", case, dropped_site)
+    return set(run.outcomes.values()) != set(undisturbed(case).outcomes.values())
+
+
+def is_a_race(case: str, dropped_site: str) -> bool:
+    return "WARNING: ThreadSanitizer" in Run("-thread", case, dropped_site).errors
+
+
+# ----------------------------------------------------------------------------------- with torch: launches and bytes
+
+# (N, C, H, W) with planes of whole units of 8 values, and their places in memory.
+SHAPE = (6, 16, 8, 16)
+LAYOUTS = {"planes": torch.contiguous_format, "rows": torch.channels_last}
+# The names of the arguments of each activation code: does the backward need the residual again, or a mask?
+IDENTITY, RELU, SILU = 0, 1, 5
+
+
+def tensors(shape: tuple[int, ...], layout: str, dtype: torch.dtype, residual: bool):
+    x = torch.randn(shape).to(dtype=dtype, memory_format=LAYOUTS[layout])
+    return x, torch.randn_like(x) if residual else None, torch.ones(shape[1]), torch.zeros(shape[1])
+
+
+def train(x, residual, weight, bias, activation):
+    emulated.take_launches()
+    result = emulated.ops().batch_norm_train(x, weight, bias, None, None, None, residual, 0.1, 1e-5, activation, 0.0)
+    return result, emulated.take_launches()
+
+
+def evaluate(x, residual, weight, bias, activation):
+    emulated.take_launches()
+    emulated.ops().batch_norm_eval(x, weight, bias, bias, weight, residual, 1e-5, activation, 0.0)
+    return emulated.take_launches()
+
+
+def backward(x, residual, weight, bias, activation, saved, needs):
+    emulated.take_launches()
+    emulated.ops().batch_norm_backward(
+        torch.randn_like(x), x, weight, bias, residual, *saved, activation, 0.0, True, needs
+    )
+    return emulated.take_launches()
+
+
+def moved(launch: emulated.Launch, side: str, of: set[str]) -> dict[str, int]:
+    """Bytes of the tensors ``of``; workspace and per-channel values are a thousandth of them."""
+    return {name: t.bytes for name, t in getattr(launch, side).items() if name in of and t.bytes}
+
+
+TENSORS = {"x", "residual", "y", "mask", "grad_y", "grad_x", "grad_residual"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", emulated.STRATEGIES)
+def test_forward_bytes(strategy, layout, residual, dtype):
+    """Two reads of x and one write of y, the residual once, a bit for each value of the mask."""
+    inputs = tensors(SHAPE, layout, dtype, residual)
+    a = inputs[0].nbytes
+    with emulated.settings(strategy=strategy):
+        _, launches = train(*inputs, RELU)
+    applied_read = {"x": a} | ({"residual": a} if residual else {})
+    applied_written = {"y": a} | ({"mask": inputs[0].numel() // 8} if residual else {})
+    if strategy == "streaming":
+        expected = [({"x": a}, {}), (applied_read, applied_written)]
+    else:
+        expected = [(applied_read | {"x": 2 * a}, applied_written)]
+    assert [(moved(launch, "read", TENSORS), moved(launch, "written", TENSORS)) for launch in launches] == expected
+    assert_wide(launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "activation, residual",
+    [(IDENTITY, False), (RELU, False), (RELU, True), (SILU, True)],
+    ids=["plain", "relu", "residual-relu", "residual-silu"],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", emulated.STRATEGIES)
+def test_backward_bytes(strategy, layout, activation, residual, dtype):
+    """grad_y and x twice, with what the activation needs to know of z; one write of each gradient."""
+    inputs = tensors(SHAPE, layout, dtype, residual)
+    a = inputs[0].nbytes
+    with emulated.settings(strategy=strategy):
+        (_, *saved), _ = train(*inputs, activation)
+        launches = backward(*inputs, activation, saved, [True, True, True, residual])
+    once = {"grad_y": a, "x": a}
+    if residual:
+        once |= {"mask": inputs[0].numel() // 8} if activation == RELU else {"residual": a}
+    written = {"grad_x": a} | ({"grad_residual": a} if residual else {})
+    if strategy == "streaming":
+        expected = [(once, {}), (once, written)]
+    else:
+        expected = [({name: 2 * n for name, n in once.items()}, written)]
+    assert [(moved(launch, "read", TENSORS), moved(launch, "written", TENSORS)) for launch in launches] == expected
+    assert_wide(launches)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eval_bytes(layout):
+    """One read of x and of the residual, one write of y."""
+    inputs = tensors(SHAPE, layout, torch.float32, True)
+    a = inputs[0].nbytes
+    launches = evaluate(*inputs, RELU)
+    assert [(moved(launch, "read", TENSORS), moved(launch, "written", TENSORS)) for launch in launches] == [
+        ({"x": a, "residual": a}, {"y": a})
+    ]
+    assert_wide(launches)
+
+
+def assert_wide(launches: list[emulated.Launch]) -> None:
+    for launch in launches:
+        for name in TENSORS - {"mask"}:
+            for side in (launch.read, launch.written):
+                assert name not in side or side[name].narrow == 0, (launch.kernel, name, side[name])
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7, 7), (3, 65, 1, 3), (9, 7, 13, 17)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", emulated.STRATEGIES)
+def test_odd_sizes_move_no_more(strategy, layout, shape):
+    """A plane that begins or ends within a unit of 8 values has those few moved one by one, and none of them twice."""
+    inputs = tensors(shape, layout, torch.float32, False)
+    a = inputs[0].nbytes
+    edges = 1 if layout == "rows" else shape[0] * shape[1]
+    most_narrow = edges * 14 * inputs[0].element_size()  # up to 7 values at either end
+    with emulated.settings(strategy=strategy):
+        (_, *saved), forward = train(*inputs, RELU)
+        launches = forward + backward(*inputs, RELU, saved, [True, True, True, False])
+    passes = len(launches) // 2  # over x, in all launches of one direction
+    for direction, read, written in ((launches[:passes], ["x"], "y"), (launches[passes:], ["x", "grad_y"], "grad_x")):
+        for name in read:
+            assert sum(launch.read[name].bytes for launch in direction if name in launch.read) == 2 * a
+        assert sum(launch.written[written].bytes for launch in direction if written in launch.written) == a
+    for launch in launches:
+        for side in (launch.read, launch.written):
+            for name in TENSORS & set(side):
+                assert side[name].narrow <= 2 * most_narrow, (launch.kernel, name)
+
+
+@pytest.mark.parametrize("activation", [IDENTITY, RELU, SILU])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), SHAPE, (16, 4, 48, 48), (0, 3, 2, 2)], ids=str)
+def test_number_of_launches(shape, layout, residual, activation):
+    """At most two for a training forward and two for its backward, one in eval: whatever is fused, and for any size."""
+    inputs = tensors(shape, layout, torch.float32, residual)
+    (_, *saved), launches = train(*inputs, activation)
+    assert 1 <= len(launches) <= 2
+    assert 1 <= len(backward(*inputs, activation, saved, [True, True, True, residual and activation != 0])) <= 2
+    assert len(evaluate(*inputs, activation)) == 1
