@@ -31,6 +31,27 @@ struct Moments {
   }
 };
 
+// Of a power of two of values.
+template <class A, int kValues>
+__device__ __forceinline__ A sum_in_pairs(A (&sums)[kValues]) {
+#pragma unroll
+  for (int half = kValues / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+
+// For equal values it is that value exactly, so that the variance of a constant is exactly 0 and its normalized value
+// exactly `bias`.
+template <class A, int kValues>
+__device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
+  A parts[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) parts[i] = values[i] * A(1.0 / kValues);
+  return sum_in_pairs(parts);
+}
+
 // A run ends after this many times the loads that a thread starts together: 64 values of 2 bytes.
 constexpr int kStepsOfRun = 16;
 
@@ -51,10 +72,13 @@ struct Run {
     squares = fma(d, d * factor, squares);
   }
 
-  // Another run about the same shift.
-  __device__ __forceinline__ void append(const Run<A, A>& other) {
-    sum += other.sum;
-    squares += other.squares;
+  // The differences of a unit's values from the shift, added in A before they are added in Sum.
+  __device__ __forceinline__ void add_unit(A (&differences)[kUnit], A factor) {
+    A products[kUnit];
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) products[k] = differences[k] * factor * differences[k];
+    sum += sum_in_pairs(differences);
+    squares += sum_in_pairs(products);
   }
 
   __device__ __forceinline__ Moments<A> moments(A count, A factor) const {
@@ -63,21 +87,6 @@ struct Run {
     return {double(shift) + double(offset), double(m2 < 0 ? Sum(0) : m2) * (factor == 1 ? 1.0 : 1.0 / kShrink), count};
   }
 };
-
-// The mean of a power of two of values, added in pairs: for equal values it is that value exactly, so that the variance
-// of a constant is exactly 0 and its normalized value exactly `bias`.
-template <class A, int kValues>
-__device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
-  A sums[kValues];
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) sums[i] = values[i] * A(1.0 / kValues);
-#pragma unroll
-  for (int half = kValues / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  return sums[0];
-}
 
 // Sums over the values of a channel of g and of g * (x - mean), where g is the gradient before the activation.
 struct GradSums {

@@ -120,6 +120,8 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const T* x, bool
         if (!at.span.empty()) load_unit(packs[i], x + int64_t(at.unit) * kUnit, at.span, wide);
       }
     }
+    // All values are in registers: first their mean, then what is about it. Units are added in A and their sums in
+    // double, so that an outlier's square does not round the others'.
     A shift = 0;
     int count = 0;
 #pragma unroll
@@ -129,21 +131,24 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const T* x, bool
       count += spans[i].end - spans[i].begin;
     }
     if (count == 0) continue;
-    // Units are added in A, and their sums in double: with an outlier among the first values the shift is far off, and
-    // the squares that are then corrected by it must not be rounded.
-    Run<A, double> run;
+    Run<A, double> run{shift};
+    const auto add_all = [&](A factor) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        A differences[kUnit];
+#pragma unroll
+        for (int k = 0; k < kUnit; ++k) {
+          differences[k] = spans[i].has(k) ? to_accumulate(packs[i].v[k]) - run.shift : A(0);
+        }
+        run.add_unit(differences, factor);
+      }
+    };
+    add_all(1);
+    shift += quotient(A(run.sum), A(count));
     A factor = 1;
     for (;;) {
       run = {shift};
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        Run<A, A> of_unit{shift};
-#pragma unroll
-        for (int k = 0; k < kUnit; ++k) {
-          if (spans[i].has(k)) of_unit.add(to_accumulate(packs[i].v[k]), factor);
-        }
-        run.append(of_unit);
-      }
+      add_all(factor);
       if (!run.overflowed() || factor != 1) break;
       factor = kShrink;
     }
