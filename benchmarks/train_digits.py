@@ -28,13 +28,13 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
+from benchmarks.digits import load_digits
 from benchmarks.report import FEW_PAIRS, describe_environment, make_console, print_environment
 from benchmarks.timing import CpuClock, band, make_clock
 
 IMPLEMENTATIONS = ("torch", "bnfused")
 IMAGE_SIZE = 32
 WIDTH = 64
-TEST_IMAGES = 360
 LEARNING_RATE = 0.05
 # Every fourth step times the batch norm sites; the others are free of that and give the step times.
 SITE_STEPS = 4
@@ -206,29 +206,6 @@ class Trainee:
     times: list[StepTime] = field(default_factory=list)
 
 
-@dataclass
-class Digits:
-    """scikit-learn's digits, enlarged: images (n, 1, 32, 32) channels_last and labels (n,)."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-def load_digits(dtype: torch.dtype) -> Digits:
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float64)[:, None] / 16 - 0.3
-    images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
-    images = images.to(dtype).contiguous(memory_format=torch.channels_last)
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    test, train = order[:TEST_IMAGES], order[TEST_IMAGES:]
-    return Digits(images[train], labels[train], images[test], labels[test])
-
-
 def make_trainees(seed: int, dtype: torch.dtype, width: int = WIDTH) -> dict[str, Trainee]:
     """Two networks with the same weights: the second loads the first one's state_dict."""
     torch.manual_seed(seed)
@@ -370,7 +347,7 @@ def train(options: argparse.Namespace, clock: CpuClock, console: Console) -> Tra
     dtype = torch.float64 if options.dtype == "float64" else torch.float32
     low = options.dtype == "bfloat16"
     autocast: Autocast = torch.autocast("cpu", torch.bfloat16) if low else contextlib.nullcontext()
-    digits = load_digits(dtype)
+    digits = load_digits(dtype, IMAGE_SIZE)
     trainees = make_trainees(options.seed, dtype, options.width)
     size = options.batch_size
     steps = len(digits.train_labels) // size
