@@ -4,7 +4,7 @@
 without a module; ``bnfused.reference.batch_norm`` is the specification in plain torch.
 """
 
-from bnfused import autograd, functional, reference
+from bnfused import autograd, diagnostics, functional, reference
 from bnfused._extension import build_info, is_available, why_unavailable
 from bnfused.explanation import explain
 from bnfused.modules import (
@@ -27,6 +27,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "autograd",
     "build_info",
+    "diagnostics",
     "explain",
     "functional",
     "is_available",
