@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench, cases, report, timing, train_digits
+from benchmarks import bench, cases, report, timing, train_digits, why_batch_norm
 from benchmarks.cases import Cell, Configuration
 from benchmarks.report import CellResult, Run
 from benchmarks.timing import Band, Plan, Timed
@@ -431,6 +432,86 @@ def test_both_networks_start_alike(extension):
     assert not trainees["torch"].network.blocks[0].site1.fused
 
 
+# --- why batch norm works ---
+
+
+def curve(**accuracies: float) -> why_batch_norm.Curve:
+    """``curve(s3=0.5, s7=0.9)``: these accuracies after 3 and after 7 steps."""
+    return why_batch_norm.Curve(tuple(int(name[1:]) for name in accuracies), tuple(accuracies.values()))
+
+
+def test_steps_to_an_accuracy_are_the_first_ones():
+    """A later fall below it does not count, and what is never reached is infinitely far."""
+    one = curve(s1=0.1, s3=0.95, s7=0.2, s9=0.97)
+    assert [one.first(wanted) for wanted in (0.05, 0.95, 0.96, 0.98)] == [1, 3, 9, math.inf]
+    assert curve().first(0.5) == math.inf  # the loss was not finite in the first step
+
+
+def test_speed_is_the_median_of_seeds_at_the_best_rate():
+    """At 0.1 one lucky seed of three does not make the rate one that trains."""
+    speed = why_batch_norm.Speed(
+        {
+            0.1: [curve(s2=0.99), curve(s90=0.5), curve(s90=0.5)],
+            0.3: [curve(s5=0.92, s50=0.97), curve(s6=0.91, s40=0.97), curve(s70=0.4)],
+            1.0: [curve(s8=0.93), curve(s9=0.93), curve(s10=0.93)],
+            3.0: [curve(s8=0.2)] * 3,
+        }
+    )
+    assert speed.best(0.90) == (6, 0.3)
+    assert speed.best(0.95) == (50, 0.3)
+    assert speed.best(0.98)[0] == math.inf
+    assert speed.rates_that_train() == [0.3, 1.0]
+
+
+def test_while_learning_ends_where_it_is_first_trained():
+    trace = why_batch_norm.Trace(steps=[0, 10, 20, 30], accuracies=[0.1, 0.92, 0.5, 0.95], losses=[4.0, 3.0, 2.0, 1.0])
+    assert trace.trained() == 10
+    losses = [why_batch_norm.median_of([trace], lambda one: one.losses, when) for when in (True, False, None)]
+    assert losses == [4.0, 2.0, 2.5]
+
+
+@pytest.mark.parametrize("network", why_batch_norm.NETWORKS.values(), ids=lambda network: network.key)
+def test_variants_differ_in_their_norms_alone(network):
+    """The same seed gives the same weights, and no layer before a batch norm has a bias."""
+    weights = {}
+    for variant in why_batch_norm.VARIANTS:
+        model = why_batch_norm.make_network(network, variant, seed=5)
+        layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        weights.setdefault(variant.torch_init, []).append([layer.weight for layer in layers])
+        assert len(norms) == (0 if variant.norm is None else len(layers) - 1)
+        assert all(type(norm).__module__ == "bnfused.modules" for norm in norms)
+        assert [layer.bias is None for layer in layers] == [variant.norm == "before"] * (len(layers) - 1) + [False]
+        noises = [module for module in model if isinstance(module, why_batch_norm.diagnostics.ShiftingNoise)]
+        assert len(noises) == (len(norms) if variant.noise else 0)
+    for first, *others in weights.values():
+        assert others
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_unit_gain_keeps_the_variance():
+    """Through 24 linear layers the signal keeps its size within a factor of 3; with torch's weights it loses
+    ``sqrt(3)`` per layer, 2e-6 in all."""
+    x = torch.randn(64, 1, 8, 8)
+    plain, shrunk = (
+        why_batch_norm.make_network(why_batch_norm.LINEAR, variant, seed=0)[:-1](x).std().item()
+        for variant in (why_batch_norm.PLAIN, why_batch_norm.PLAIN_TORCH)
+    )
+    assert 1 / 3 < plain < 3
+    # The biases, of standard deviation 1 / 8 / sqrt(3), stay, and are the same for every x.
+    assert shrunk < 0.15
+
+
+def test_tables_go_between_their_marks():
+    page = "before\n<!-- begin a -->\nold\n<!-- end a -->\nafter\n"
+    once = why_batch_norm.fill_in(page, {"a": "| new |"})
+    assert once == "before\n<!-- begin a -->\n\n| new |\n\n<!-- end a -->\nafter\n"
+    assert why_batch_norm.fill_in(once, {"a": "| new |"}) == once
+    with pytest.raises(ValueError, match="begin b"):
+        why_batch_norm.fill_in(page, {"b": ""})
+
+
 # --- from end to end ---
 
 
@@ -495,3 +576,15 @@ def test_overhead_from_end_to_end(extension, tmp_path):
     done = run_script("overhead.py", "--rounds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "torch/bnfused" in done.stdout
+
+
+def test_why_batch_norm_from_end_to_end(extension, tmp_path):
+    """A few steps of everything, in two processes: the page has every table, and the figures it shows are there."""
+    done = run_script("why_batch_norm.py", "--quick", "--workers", "2", "--output", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "why.md").read_text()
+    assert page.count("| batch norm |") == page.count("| no batch norm |") == 2 + 7 + 2 + 2
+    shown = re.findall(r"\]\((figures/\S+)\)", page)
+    assert len(shown) == 5
+    assert all((tmp_path / figure).read_bytes().startswith(b"\x89PNG") for figure in shown)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {Path(figure).name for figure in shown}
