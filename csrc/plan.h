@@ -238,8 +238,10 @@ inline void choose_reduce(Plan* plan, const Problem& p, bool mask, const DeviceL
   plan->strategy = Strategy::kStreaming;
   plan->launches = 2;
   if (rows) {
-    // 128 bytes of each row that a block reads, of 16-bit values, and few enough columns that many rows fit a block.
-    const Rows& r = plan->reduce_rows = rows_of(p, 8, uint32_t(device.sm_count) * kReduceBlocksPerSm);
+    // 64 bytes at least of each row that a block reads: the narrower its tile, the more threads of the last block merge
+    // the partial sums of a channel. Copies multiply those, so that fewer blocks write them.
+    const uint32_t blocks = uint32_t(device.sm_count) * (small_rows.copies == 1 ? kReduceBlocksPerSm : 2);
+    const Rows& r = plan->reduce_rows = rows_of(p, 4, blocks);
     plan->partials = int64_t(r.parts) * r.columns * kUnitValues;
     plan->tickets = r.domains() + 1;
   } else {

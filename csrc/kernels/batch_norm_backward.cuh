@@ -226,7 +226,6 @@ __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Plan
       const PlaneUnit at(s, block.channel, first + i * blockDim.x);
       if (!at.span.empty()) body.load(loaded[i], at.unit, at.span);
     }
-    GradRun<A> run;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       if (first + i * blockDim.x >= block.end) continue;
@@ -234,13 +233,15 @@ __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Plan
       if (at.span.empty()) continue;
       A g[kUnit], d[kUnit];
       body.differentiate(loaded[i], constants_of, g, d);
+      if (write) body.write(at.unit, at.span, g, d, constants_of);
+      A products[kUnit];
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) {
-        if (at.span.has(k)) run.add(g[k], d[k]);
+        g[k] = at.span.has(k) ? g[k] : A(0);
+        products[k] = at.span.has(k) ? g[k] * d[k] : A(0);
       }
-      if (write) body.write(at.unit, at.span, g, d, constants_of);
+      total.merge({double(sum_in_pairs(g)), double(sum_in_pairs(products))});
     }
-    total.merge({double(run.g), double(run.g_d)});
   }
   return total;
 }

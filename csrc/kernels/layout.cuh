@@ -138,8 +138,18 @@ __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t parti
     const uint32_t slot = threadIdx.x % at_once;
     const bool active = lane < lanes && base + slot < channels;
     Sums sums[1] = {};
-    if (active) {
-      for (uint32_t i = lane; i < partials; i += lanes) sums[0].merge(load(base + slot, i));
+    // Several loads before the first merge: one after the other, each would wait for the L2 cache.
+    constexpr int kLoads = 8;
+    for (uint32_t first = lane; active && first < partials; first += kLoads * lanes) {
+      Sums batch[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (first + i * lanes < partials) batch[i] = load(base + slot, first + i * lanes);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (first + i * lanes < partials) sums[0].merge(batch[i]);
+      }
     }
     merge_lanes(sums, lane, lanes, slot, at_once, active);
     if (active && lane == 0) finish(base + slot, sums[0]);
