@@ -16,7 +16,8 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
+import tempfile
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,8 @@ SANITIZERS = {
     "-thread": "-O2 -fsanitize=thread",
 }
 DEVICE = tuple(HERE / f"{name}.cpp" for name in ("emulated_device", "fiber", "guarded_buffer"))
+# Of a machine without a toolkit: the headers of the runtime, of the compiler, and nv/target.
+CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88", "nvidia-cuda-cccl==13.0.85")
 LAUNCHERS = tuple(ROOT / "csrc" / "cuda" / f"batch_norm_{op}.cu" for op in ("train", "eval", "backward"))
 PROGRAMS = {
     "faulty_kernels": (HERE / "faulty_kernels.cpp",),
@@ -45,19 +48,34 @@ TORCH_OPS = (HERE / "emulated_ops.cpp", ROOT / "csrc" / "ops" / "schema.cpp")
 def cuda_include() -> Path:
     """The folder of CUDA's headers: only types and conversions are used, nothing of CUDA is linked.
 
-    Raises:
-        FileNotFoundError: no toolkit was found, nor the headers that pip has.
+    That of a toolkit, else of pip's packages, in a folder of their own: a torch that is here may have others.
     """
-    site_packages = Path(sysconfig.get_paths()["purelib"])
-    folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders += [Path("/usr/local/cuda"), site_packages / "nvidia" / "cu13"]
-    for folder in folders:
-        if (folder / "include" / "cuda_fp16.h").exists() and (folder / "include" / "crt" / "host_defines.h").exists():
-            return folder / "include"
-    raise FileNotFoundError(
-        f"no CUDA headers in {', '.join(map(str, folders))}. Set CUDA_HOME=<folder of a CUDA toolkit>, or "
-        f"{sys.executable} -m pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
-    )
+    toolkits = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for toolkit in [*toolkits, Path("/usr/local/cuda")]:
+        if (toolkit / "include" / "cuda_fp16.h").exists():
+            return toolkit / "include"
+    include = OUTPUT / "cuda" / "nvidia" / "cu13" / "include"
+    return include if include.exists() else download_headers(OUTPUT / "cuda") / "nvidia" / "cu13" / "include"
+
+
+def download_headers(folder: Path) -> Path:
+    """What is in the packages ``CUDA_HEADERS``, in ``folder``; 6 MB to download.
+
+    Raises:
+        RuntimeError: pip could not get them; the message says what to do.
+    """
+    with tempfile.TemporaryDirectory(dir=OUTPUT) as temporary:
+        wheels, content = Path(temporary, "wheels"), Path(temporary, "content")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
+        result = subprocess.run([*command, *CUDA_HEADERS], capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(
+                "no CUDA toolkit was found, and pip could not download its headers. "
+                f"Set CUDA_HOME=<folder of a toolkit>\n{result.stderr}"
+            )
+        for wheel in wheels.iterdir():
+            zipfile.ZipFile(wheel).extractall(content)
+        return content.rename(folder)
 
 
 def torch_folder() -> Path:
