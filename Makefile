@@ -30,11 +30,12 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help build demo test lint bench clean FORCE
+.PHONY: help build demo test sanitize lint bench clean FORCE
 
 help:
 	@echo 'make demo    train a small network with bnfused and with torch, and compare'
 	@echo 'make test    run the tests'
+	@echo 'make sanitize  run the CUDA kernels under AddressSanitizer, on the CPU'
 	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make bench   time bnfused and torch on this machine'
 	@echo 'make build   set up $(VENV) and compile the extension, which demo, test and bench do too'
@@ -52,6 +53,10 @@ demo: $(VENV)/.extension
 # Only the pinned plugin: $(VENV) sees the system's packages, and so whatever pytest plugins are there.
 test: $(VENV)/.extension
 	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) -m pytest -p _hypothesis_pytestplugin $(ARGS)
+
+sanitize: $(VENV)/.extension
+	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) -m pytest -p _hypothesis_pytestplugin --sanitize \
+	  tests/test_emulator.py tests/test_emulated_kernels.py $(ARGS)
 
 lint: $(VENV)/.tools
 	@echo 'ruff check'
