@@ -117,8 +117,13 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["openmp"] = false;
 #endif
+#ifdef BNFUSED_CUDA_VERSION
+    info["cuda"] = BNFUSED_CUDA_VERSION;
+    info["cuda_archs"] = py::tuple(py::str(BNFUSED_CUDA_ARCHS).attr("split")(","));
+#else
     info["cuda"] = py::none();
     info["cuda_archs"] = py::tuple();
+#endif
     return info;
   });
   m.def("plan", plan_as_dict, py::kw_only(), py::arg("op"), py::arg("outer"), py::arg("channels"), py::arg("inner"),
