@@ -319,8 +319,9 @@ def compile_kernels(nvcc: str, sources: Sequence[str], archs: Sequence[str], fol
         SystemExit: one does not compile.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Not which of them a source includes: all of them take nvcc a minute, and a stale kernel takes a day to find.
-    headers = b"".join(header.read_bytes() for header in sorted(ROOT.glob("csrc/**/*.*h")))
+    # All that a kernel may include, not what it does: a stale object takes a day to find.
+    patterns = ("*.h", "kernels/*", "cuda/*h")
+    headers = b"".join(path.read_bytes() for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern)))
     # nvcc reads the variables itself, for example to be told the host compiler.
     setting = [os.environ.get(f"NVCC_{name}_FLAGS", "") for name in ("PREPEND", "APPEND")] + [
         os.environ.get("NVCC_CCBIN", "")

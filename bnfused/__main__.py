@@ -14,7 +14,7 @@ import time
 import torch
 
 import bnfused
-from bnfused import activations, explanation
+from bnfused import _extension, activations, explanation
 
 SHAPE = (16, 32, 28, 28)
 # Float32 arithmetic around a float64 oracle, relative to the largest value: the bound of docs and tests.
@@ -30,7 +30,7 @@ def describe() -> list[tuple[str, str]]:
         ("machine", f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} torch threads"),
     ]
     if torch.cuda.is_available():
-        rows += [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+        rows += [(f"cuda:{i}", describe_gpu(i)) for i in range(torch.cuda.device_count())]
     if bnfused.is_available():
         rows += [(f"built: {name}", str(value)) for name, value in bnfused.build_info().items()]
     else:
@@ -38,15 +38,23 @@ def describe() -> list[tuple[str, str]]:
     return rows
 
 
-def self_test() -> list[tuple[str, float]]:
-    """Largest relative error of a fused training step (residual, ReLU) against float64, for each layout."""
+def describe_gpu(index: int) -> str:
+    """Name and compute capability, and whether the extension has kernels for it."""
+    capability = torch.cuda.get_device_capability(index)
+    archs = bnfused.build_info().get("cuda_archs", ())
+    kernels = "" if _extension.runs_on(archs, capability) else ", NO KERNELS for it in this build"
+    return f"{torch.cuda.get_device_name(index)}, {capability[0]}.{capability[1]}{kernels}"
+
+
+def self_test(device: str) -> list[tuple[str, float]]:
+    """Largest relative error of a fused training step (residual, ReLU) on ``device`` against float64, per layout."""
     torch.manual_seed(0)
     errors = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        x, residual, grad = (torch.randn(SHAPE).to(memory_format=layout) for _ in range(3))
+        x, residual, grad = (torch.randn(SHAPE).to(device, memory_format=layout) for _ in range(3))
         results = []
         for dtype in (torch.float32, torch.float64):
-            module = bnfused.BatchNorm2d(SHAPE[1], dtype=dtype)
+            module = bnfused.BatchNorm2d(SHAPE[1], dtype=dtype, device=device)
             leaf = x.detach().to(dtype, copy=True).requires_grad_()
             if dtype == torch.float32:
                 y = module(leaf, residual, "relu")
@@ -63,12 +71,14 @@ def self_test() -> list[tuple[str, float]]:
 def check() -> int:
     for name, value in describe():
         print(f"{name:22s} {value}")
-    backend = "cpu kernels" if bnfused.is_available() else "reference path"
     start = time.perf_counter()
     failed = False
-    for layout, error in self_test():
-        failed |= not error <= TOLERANCE
-        print(f"self-test {layout:18s} largest error {error:.1e} of {TOLERANCE:.0e} allowed ({backend})")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        has_kernels = _extension.has_cuda() if device == "cuda" else bnfused.is_available()
+        backend = f"{device} kernels" if has_kernels else f"reference path on {device}"
+        for layout, error in self_test(device):
+            failed |= not error <= TOLERANCE
+            print(f"self-test {layout:18s} largest error {error:.1e} of {TOLERANCE:.0e} allowed ({backend})")
     print(f"{'FAILED' if failed else 'ok'} in {time.perf_counter() - start:.2f} s")
     return int(failed)
 

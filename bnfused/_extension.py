@@ -5,9 +5,12 @@ The package imports either way: without the extension ``bnfused.functional`` run
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,63 @@ def plan(**problem: Any) -> dict[str, Any]:
     """How the CUDA backend would cut a problem: ``csrc/plan.h``, with the arguments of ``csrc/ops/module.cpp``."""
     assert _module is not None
     return dict(_module.plan(**problem))
+
+
+# What to do where CUDA tensors come and no kernels for them were built.
+BUILD_CUDA = (
+    "to build them, install nvcc and a torch that is built for its major version of CUDA, then: "
+    f"BNFUSED_CUDA=1 {REBUILD}"
+)
+
+
+def has_cuda() -> bool:
+    """Whether the extension is loaded and was built with the CUDA kernels."""
+    return build_info().get("cuda") is not None
+
+
+def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for ``archs``, as ``build_info()["cuda_archs"]`` has them, runs on a GPU.
+
+    Machine code runs on GPUs of its major version with the same minor or a higher one, PTX on every newer GPU. Both
+    are bound to one GPU by ``a`` and to its family, which is its major version, by ``f``. Source: CUDA C++ Programming
+    Guide, "Compute capability", sections on binary and PTX compatibility.
+    """
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            continue
+        built, kind, ptx = (int(match[1]), int(match[2])), match[3], match[4]
+        if kind == "a":
+            fits = built == capability
+        elif kind == "f" or not ptx:
+            fits = built[0] == capability[0] and built[1] <= capability[1]
+        else:
+            fits = built <= capability
+        if fits:
+            return True
+    return False
+
+
+@functools.cache
+def check_gpu(index: int) -> None:
+    """Refuse a GPU that the extension was not built for, before CUDA does so in fewer words.
+
+    Raises:
+        RuntimeError: it has neither machine code nor PTX that runs on ``cuda:index``.
+    """
+    capability = torch.cuda.get_device_capability(index)
+    archs = build_info()["cuda_archs"]
+    if not runs_on(archs, capability):
+        raise RuntimeError(wrong_gpu(index, torch.cuda.get_device_name(index), capability, archs))
+
+
+def wrong_gpu(index: int, name: str, capability: tuple[int, int], archs: Sequence[str]) -> str:
+    """The error for a GPU that none of ``archs`` runs on."""
+    got = ".".join(map(str, capability))
+    return (
+        f"bnfused::batch_norm: expected a GPU that the extension was built for ({', '.join(archs)}), got cuda:{index}, "
+        f"{name}, of compute capability {got}; rebuild it with: TORCH_CUDA_ARCH_LIST={got} {REBUILD}"
+    )
 
 
 def warn_once(message: str) -> None:

@@ -51,7 +51,7 @@ def _saved(x: Tensor, residual: Tensor | None, activation: int) -> tuple[Tensor,
     return mean, invstd, mask
 
 
-def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
     """One meta tensor among others brings the call here: without this it would return no values and no error."""
     for name, other in others.items():
         if other is not None and other.device != x.device:
@@ -71,7 +71,7 @@ def _train(
     activation: int,
     activation_param: float,
 ) -> tuple[Tensor, ...]:
-    _check_devices(
+    check_devices(
         "batch_norm_train",
         x,
         weight=weight,
@@ -95,7 +95,7 @@ def _frozen(
     activation: int,
     activation_param: float,
 ) -> tuple[Tensor, ...]:
-    _check_devices(
+    check_devices(
         "batch_norm_frozen",
         x,
         weight=weight,
@@ -116,7 +116,7 @@ def _eval(
     residual: Tensor | None,
     *_: Any,
 ) -> Tensor:
-    _check_devices(
+    check_devices(
         "batch_norm_eval",
         x,
         weight=weight,
@@ -142,7 +142,7 @@ def _backward(
     training: bool,
     output_mask: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    _check_devices(
+    check_devices(
         "batch_norm_backward",
         x,
         grad_y=grad_y,

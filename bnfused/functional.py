@@ -7,12 +7,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from bnfused import _extension, activations, autograd, fake, ops, reference
+from bnfused import _extension, activations, autograd, fake, ops, reference, without_cuda
 
 _available = _extension.is_available()
+_has_cuda = _extension.has_cuda()
 if _available:
     autograd.register()
     fake.register()
+    if not _has_cuda:
+        without_cuda.register()
 
 
 def batch_norm(
@@ -125,10 +128,15 @@ def _has_kernel(x: Tensor) -> bool:
         _extension.warn_once(f"bnfused runs its slow reference path: {_extension.why_unavailable()}")
         return False
     if not x.is_cpu and not x.is_meta:
-        _extension.warn_once(
-            f"bnfused has no kernels for {x.device.type} tensors in this build and runs its slow reference path"
-        )
-        return False
+        if not (_has_cuda and x.is_cuda):
+            how = f"; {_extension.BUILD_CUDA}" if x.is_cuda else ""
+            _extension.warn_once(
+                f"bnfused has no kernels for {x.device.type} tensors in this build and runs its slow reference "
+                f"path{how}"
+            )
+            return False
+        if not torch.compiler.is_compiling():  # Dynamo cannot ask a device
+            _extension.check_gpu(x.device.index)
     return not (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

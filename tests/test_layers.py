@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each module of the package: what else of the package it may import. Lower ones know nothing of higher ones.
 _SPECIFICATION = {"activations"}
 _GRADIENTS = {"activations", "ops", "reference"}
-_CALLS = {"_extension", "activations", "ops", "reference", "autograd", "fake"}
+_CALLS = {"_extension", "activations", "ops", "reference", "autograd", "fake", "without_cuda"}
 PYTHON = {
     "activations": set(),
     "_extension": set(),
     "ops": {"_extension"},
     "reference": _SPECIFICATION,
     "fake": _SPECIFICATION,
+    "without_cuda": {"_extension", "fake"},
     "autograd": _GRADIENTS,
     "functional": _CALLS,
     "modules": {"functional"},
