@@ -47,7 +47,15 @@ CUDA_BINDING = ("csrc/ops/cuda.cpp",)
 # No -march=native: the build would die of an illegal instruction on another CPU.
 CXX_FLAGS = ("-O3", "-g0", "-Wall", "-Wextra", "-Wno-psabi", "-fvisibility=hidden")
 # -std: no header of torch has a say here, and C++17 is the oldest that all of CUDA's own headers take.
-NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
+# --expt-relaxed-constexpr: kernels call constexpr functions of headers that g++ reads too, and so bear no __device__.
+NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-Icsrc",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+)
 # The static runtime: nvcc generates calls to the runtime of its own minor version, and the dynamic one would be
 # whichever torch has loaded, an older one maybe, or none beside a torch without CUDA. Both share torch's contexts
 # and streams, which belong to the driver. It costs 1 MB.
@@ -163,7 +171,7 @@ def cuda_arch_list(
     Args:
         setting: TORCH_CUDA_ARCH_LIST; what the user chose stands.
         visible: compute capability of each visible GPU.
-        torch_archs: ``torch.cuda.get_arch_list()``; needs no GPU to be visible.
+        torch_archs: the GPUs that torch is built for, as ``sm_90``.
         torch_cuda: the CUDA version that torch is built for, None for a CPU build.
 
     Returns:
@@ -425,7 +433,8 @@ def main() -> None:
             cuda_arch_list(
                 os.environ.get("TORCH_CUDA_ARCH_LIST"),
                 [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())],
-                torch.cuda.get_arch_list(),
+                # torch.cuda.get_arch_list() says the same, but nothing where no GPU is visible.
+                torch._C._cuda_getArchFlags().split() if torch.version.cuda else [],
                 torch.version.cuda,
             )
         )
