@@ -1,0 +1,130 @@
+"""Compile, inspect, link and import the CUDA half on a machine without a GPU: ``make cuda-check``.
+
+Every .cu goes through nvcc with warnings, spills and local memory as errors; what came out is read and compared with
+RULES; then it is linked with the torch at hand, which may be one without CUDA, and imported. All of it in a folder of
+its own: the extension in bnfused/ stays what it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import machine_code
+from machine_code import Rule
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST_AND_NEWEST = "7.5;12.0"
+EVERY = "7.5;8.0;8.6;8.9;9.0;10.0;12.0"
+STRICT = "-Werror all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
+
+# By the first that fits. Two blocks on an SM cover the latency of its memory. Rows keep the sums or constants of 8
+# channels in registers, float64 takes two for a value, all activations in one kernel what the greediest of them takes:
+# these get by with one.
+RULES = (
+    Rule("_empty", 4, wide_loads=False, wide_stores=False),
+    Rule("_(apply|small)_(rows|.*<double|.*AnyActivation)", 1, wide_loads=True, wide_stores=True),
+    Rule("_rows|<double|AnyActivation", 1, wide_loads=True, wide_stores=False),
+    Rule("_(apply|small)_", 2, wide_loads=True, wide_stores=True),
+    Rule("batch_norm_", 2, wide_loads=True, wide_stores=False),
+)
+
+
+def load_setup() -> ModuleType:
+    """setup.py as a module: it knows where nvcc is, and the kernels by name."""
+    spec = importlib.util.spec_from_file_location("bnfused_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(folder: Path, **environment: str) -> None:
+    """The whole extension, with CUDA, into ``folder``/lib; exits where that fails."""
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "objects")]
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "build.log"
+    with log.open("w") as output:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "BNFUSED_CUDA": "1", **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode != 0:
+        text = log.read_text()
+        found = text.rfind("bnfused: ")  # an error of nvcc comes with its command, one of g++ at the end
+        sys.exit(f"{text[found if found >= 0 else -6000 :][:6000]}\nthe build failed; all of its output is in {log}")
+
+
+def inspect(folder: Path, tools: str) -> list[str]:
+    """Print a table of the kernels; return what breaks a rule."""
+    threads = machine_code.block_size(sorted((ROOT / "csrc" / "kernels").glob("*.cuh")))
+    kernels = machine_code.read(sorted((folder / "objects" / "kernels").glob("*.o")), tools, os.cpu_count() or 1)
+    kernels = list(dict.fromkeys(kernels))  # a kernel that is no template is in every object
+    archs = sorted({kernel.arch for kernel in kernels}, key=lambda arch: int(arch.removeprefix("sm_")))
+    print(f"on each GPU: registers, blocks of {threads} on an SM, 128-bit loads and stores, instructions")
+    print(f"{'':58s}", *(f"{arch:>22s}" for arch in archs))
+    for name in sorted({kernel.name for kernel in kernels}):
+        of_arch = {kernel.arch: kernel for kernel in kernels if kernel.name == name}
+        cells = [
+            f"{k.registers:4d} {k.blocks_per_sm(threads):2d} {k.wide_loads:4d} {k.wide_stores:3d} {k.instructions:6d}"
+            for k in (of_arch[arch] for arch in archs)
+        ]
+        print(f"{name:58s}", *(f"{cell:>22s}" for cell in cells))
+    wrong = [f"{k.name} on {k.arch}: {what}" for k in kernels for what in machine_code.broken(k, RULES, threads)]
+    return wrong if kernels else ["expected kernels in the objects, found none"]
+
+
+def use(folder: Path) -> int:
+    """Import what was built and run its CPU ops, in a process of its own; the exit status."""
+    package = folder / "lib" / "bnfused"
+    for source in sorted((ROOT / "bnfused").glob("*.py")):
+        shutil.copy(source, package)
+    script = Path(__file__).with_name("use_extension.py")
+    path = os.pathsep.join(filter(None, [str(folder / "lib"), os.environ.get("PYTHONPATH")]))
+    return subprocess.call([sys.executable, str(script)], cwd=folder, env={**os.environ, "PYTHONPATH": path})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--all", action="store_true", help=f"for {EVERY} instead of {OLDEST_AND_NEWEST}")
+    options = parser.parse_args()
+    setup = load_setup()
+    toolkit = setup.find_toolkit(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), shutil.which("nvcc"))
+    if toolkit is None:
+        print(
+            "NOT CHECKED: there is no CUDA toolkit, so no kernel was compiled. Install one with nvcc 13.0, or set "
+            "CUDA_HOME=<its folder>"
+        )
+        return 1
+    tools = machine_code.find_tools(toolkit)
+    if tools is None:
+        print("NOT CHECKED: there is no cuobjdump with nvdisasm; python -m pip install -r requirements-dev.txt")
+        return 1
+    archs = EVERY if options.all else OLDEST_AND_NEWEST
+    folder = ROOT / "build" / ("cuda-check-all" if options.all else "cuda-check")
+    print(f"nvcc of {toolkit}, for {archs}; warnings, spills and local memory are errors", flush=True)
+    start = time.monotonic()
+    build(folder, CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST=archs, NVCC_APPEND_FLAGS=STRICT)
+    print(f"compiled and linked in {time.monotonic() - start:.0f} s", flush=True)
+    wrong = inspect(folder, tools)
+    status = use(folder)
+    for line in wrong:
+        print(f"WRONG: {line}")
+    print(f"{'FAILED' if wrong or status else 'ok'} in {time.monotonic() - start:.0f} s")
+    return 1 if wrong or status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""What nvcc made of the kernels, read from object files: registers, memory, the width of accesses; and what must hold.
+
+``cuobjdump`` and ``nvdisasm`` do the reading; both come with the CUDA toolkit and as wheels of requirements-dev.txt.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Per SM, by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+MAX_THREADS = {
+    "sm_75": 1024,
+    "sm_80": 2048,
+    "sm_86": 1536,
+    "sm_89": 1536,
+    "sm_90": 2048,
+    "sm_100": 2048,
+    "sm_120": 1536,
+}
+# Likewise, on all of them: a quarter of the registers to each of four schedulers, given out 256 at a time to a warp.
+SCHEDULERS, REGISTERS_OF_SCHEDULER, REGISTERS_AT_ONCE, WARP = 4, 16384, 256, 32
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, compiled for one GPU.
+
+    Loads and stores are those of global memory, as instructions in the listing: the compiler's unrolling multiplies
+    them. ``wide`` ones move 16 bytes.
+    """
+
+    name: str
+    arch: str
+    registers: int
+    local_bytes: int
+    instructions: int
+    loads: int
+    wide_loads: int
+    stores: int
+    wide_stores: int
+
+    def blocks_per_sm(self, threads: int) -> int:
+        """Blocks of ``threads`` threads that registers and threads leave room for on an SM."""
+        warps_of_block = -(-threads // WARP)
+        of_warp = -(-self.registers * WARP // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+        by_registers = SCHEDULERS * (REGISTERS_OF_SCHEDULER // of_warp) // warps_of_block
+        return min(by_registers, MAX_THREADS[self.arch] // threads)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a family of kernels must keep: ``pattern`` is searched for in their names."""
+
+    pattern: str
+    blocks_per_sm: int
+    wide_loads: bool
+    wide_stores: bool
+
+
+def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
+    """Everything that is wrong with a kernel of ``threads`` threads a block, by the first rule that fits its name."""
+    rule = next((rule for rule in rules if re.search(rule.pattern, kernel.name)), None)
+    if rule is None:
+        return ["expected a rule for it, found none"]
+    wrong = []
+    if kernel.local_bytes:
+        wrong.append(f"expected no local memory, got {kernel.local_bytes} bytes a thread")
+    if (blocks := kernel.blocks_per_sm(threads)) < rule.blocks_per_sm:
+        wrong.append(
+            f"expected registers for {rule.blocks_per_sm} blocks of {threads} threads on an SM, "
+            f"got {kernel.registers} a thread: {blocks}"
+        )
+    if rule.wide_loads and not kernel.wide_loads:
+        wrong.append("expected 128-bit loads, got none")
+    if rule.wide_stores and not kernel.wide_stores:
+        wrong.append("expected 128-bit stores, got none")
+    return wrong
+
+
+def block_size(sources: Iterable[Path]) -> int:
+    """``kMaxThreads`` of the kernels' sources; it is what the counts of blocks stand for.
+
+    Raises:
+        ValueError: it is not there once, or a kernel does not promise it to the compiler.
+    """
+    text = "\n".join(path.read_text() for path in sources)
+    values = re.findall(r"constexpr int kMaxThreads = (\d+);", text)
+    if len(values) != 1:
+        raise ValueError(f"expected one kMaxThreads in the kernels, found {len(values)}")
+    for kernel in re.findall(r"__global__[^;{]*[;{]", text):
+        if "__launch_bounds__(kMaxThreads" not in kernel:
+            raise ValueError(f"expected __launch_bounds__(kMaxThreads) in: {kernel}")
+    return int(values[0])
+
+
+def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str, str]) -> list[Kernel]:
+    """The kernels of one GPU, from what ``cuobjdump --dump-resource-usage`` and ``nvdisasm -c`` print."""
+    instructions: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    for line in listing:
+        if match := re.match(r"\.text\.(\S+):", line):
+            counts = instructions.setdefault(match[1], Counter())
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            counts[match[1]] += 1
+    kernels = []
+    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    for name, registers, stack, local in re.findall(pattern, resources):
+        codes = instructions[name]
+
+        def count(space: str, part: str = "", codes: Counter[str] = codes) -> int:
+            # LDG, or LD where the compiler does not know the address for one of global memory.
+            return sum(n for code, n in codes.items() if re.match(rf"{space}G?\.", code) and part in code)
+
+        kernels.append(
+            Kernel(
+                name=demangle.get(name, name),
+                arch=arch,
+                registers=int(registers),
+                local_bytes=int(stack) + int(local),
+                instructions=codes.total(),
+                loads=count("LD"),
+                wide_loads=count("LD", ".128"),
+                stores=count("ST"),
+                wide_stores=count("ST", ".128"),
+            )
+        )
+    return kernels
+
+
+def find_tools(toolkit: Path) -> str | None:
+    """The folder that has cuobjdump and nvdisasm: of the toolkit, of the wheels, or on the PATH."""
+    places = [toolkit / "bin"]
+    if wheels := importlib.util.find_spec("nvidia"):
+        places += [path for base in wheels.submodule_search_locations or [] for path in Path(base).glob("cu*/bin")]
+    if found := shutil.which("cuobjdump"):
+        places.append(Path(found).parent)
+    return next((str(p) for p in places if (p / "cuobjdump").exists() and (p / "nvdisasm").exists()), None)
+
+
+def read(objects: Iterable[Path], tools: str, jobs: int) -> list[Kernel]:
+    """The kernels of object files, for every GPU that they hold machine code for; ``jobs`` disassemblers at once."""
+
+    def output(*command: str, folder: str | None = None, text: str | None = None) -> str:
+        return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=True).stdout
+
+    def read_one(cubin: Path) -> list[Kernel]:
+        match = re.search(r"\.(sm_\w+)\.cubin$", cubin.name)
+        assert match is not None, f"expected the name of a GPU in {cubin.name}"
+        resources = output(f"{tools}/cuobjdump", "--dump-resource-usage", str(cubin))
+        mangled = re.findall(r"Function (\S+):", resources)
+        names = output("c++filt", text="\n".join(mangled)).splitlines()
+        short = [re.sub(r"^void |\(.*$|bnfused::|\(anonymous namespace\)::", "", name) for name in names]
+        with subprocess.Popen([f"{tools}/nvdisasm", "-c", str(cubin)], stdout=subprocess.PIPE, text=True) as listing:
+            assert listing.stdout is not None
+            kernels = parse(match[1], resources, listing.stdout, dict(zip(mangled, short, strict=True)))
+        assert listing.returncode == 0, f"nvdisasm failed on {cubin.name}"
+        return kernels
+
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for path in objects:
+            output(f"{tools}/cuobjdump", "-xelf", "all", str(path.resolve()), folder=folder)
+        cubins = sorted(Path(folder).glob("*.cubin"))
+        return [kernel for kernels in pool.map(read_one, cubins) for kernel in kernels]
