@@ -30,7 +30,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help build demo test sanitize lint bench clean FORCE
+.PHONY: help build demo test sanitize lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
 
 help:
 	@echo 'make demo    train a small network with bnfused and with torch, and compare'
@@ -39,6 +39,9 @@ help:
 	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make bench   time bnfused and torch on this machine'
 	@echo 'make build   set up $(VENV) and compile the extension, which demo, test and bench do too'
+	@echo 'make cuda-check   compile and inspect the CUDA kernels, without a GPU; needs nvcc'
+	@echo 'make cuda-build   build and import with a CUDA build of torch, without a GPU; downloads 0.5 GB'
+	@echo 'make gpu     on a machine with a GPU: build, test and time the CUDA kernels, without $(VENV)'
 	@echo 'make clean   remove what was built; $(VENV) stays'
 	@echo
 	@echo 'PYTHON=python3.12   the Python to set up $(VENV) with'
@@ -71,6 +74,18 @@ lint: $(VENV)/.tools
 
 bench: $(VENV)/.extension
 	@$(PY) benchmarks/bench.py $(or $(ARGS),--quick)
+
+# What follows needs nvcc, and the first three no GPU. A folder of their own each, so that the extension in bnfused/
+# stays what it is.
+cuda-check cuda-check-all: $(VENV)/.tools
+	@PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH" $(PY) tests/cuda_build/check.py $(if $(filter %-all,$@),--all) $(ARGS)
+
+cuda-build: $(VENV)/.tools
+	@PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH" $(PY) tests/cuda_build/link.py $(ARGS)
+
+# With the Python that has the GPU's torch, as it is: nothing is installed.
+gpu:
+	@PYTHON='$(PYTHON)' .ci/gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
