@@ -15,9 +15,11 @@ from torch import Tensor
 import bnfused
 from bnfused import _extension
 from emulator import emulated
+from moved import moved
 
-# emulated: the CUDA backend on the emulated device, tests/emulator.
-BACKENDS = ("reference", "cpu", "emulated")
+# emulated: the CUDA backend on the emulated device, tests/emulator. cuda: on a GPU, where there is one; the tests'
+# tensors are moved there and back.
+BACKENDS = ("reference", "cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else []))
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ def _backend(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if name == "emulated":
         for op in emulated.OPS:
             monkeypatch.setattr(bnfused.ops, op, getattr(emulated.ops(), op))
+    if name == "cuda":
+        if not _extension.has_cuda():
+            pytest.fail("a GPU is here, and the extension was built without CUDA kernels", pytrace=False)
+        return Backend(name, moved(bnfused.functional.batch_norm, "cuda"))
     return Backend(name, bnfused.functional.batch_norm)
 
 
@@ -81,7 +87,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seed of the random data; a fresh one in every run, printed in the header and by every failure",
     )
     parser.addoption("--sanitize", action="store_true", help="also run the CUDA kernels under AddressSanitizer")
+    parser.addoption("--backend", choices=BACKENDS, help="only the tests that take a backend, on this one")
     parser.addoption("--large", action="store_true", help="also run the tests that need more than 2^31 elements")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--backend")
+    if wanted is None:
+        return
+    kept = [item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("backend") == wanted]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
