@@ -159,7 +159,7 @@ def make_clock(device: torch.device, threads: int) -> CpuClock:
         NotImplementedError: any device but the CPU.
     """
     if device.type != "cpu":
-        raise NotImplementedError(f"no benchmark on {device.type} yet: bnfused has kernels for the CPU only")
+        raise NotImplementedError(f"no benchmark on {device.type} here; benchmarks/gpu.py times a GPU")
     return CpuClock(threads)
 
 
