@@ -137,6 +137,8 @@ def _has_kernel(x: Tensor) -> bool:
             return False
         if not torch.compiler.is_compiling():  # Dynamo cannot ask a device
             _extension.check_gpu(x.device.index)
+    if x.dim() < 2:  # (0,), which has nothing to compute
+        return False
     return not (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

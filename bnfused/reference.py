@@ -60,10 +60,15 @@ def rows_of(x: Tensor) -> int:
     return rows
 
 
+def channels_of(x: Tensor) -> int:
+    """The number of channels. torch's batch norm takes shape ``(0,)`` too: nothing, of no channels."""
+    return x.shape[1] if x.dim() > 1 else 0
+
+
 def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, both ``(C,)``; zeros where there are no values."""
     if values.numel() == 0:
-        empty = values.new_zeros(values.shape[1])
+        empty = values.new_zeros(channels_of(values))
         return empty, empty
     dims = [0, *range(2, values.dim())]
     mean = values.mean(dims)
@@ -154,7 +159,7 @@ def check_input(x: Tensor) -> None:
         raise TypeError(f"batch_norm: expected input to be a Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise RuntimeError(f"batch_norm: expected input to be a dense (strided) tensor, got {x.layout}")
-    if x.dim() < 2:
+    if x.dim() < 2 and x.shape != (0,):
         raise RuntimeError(f"batch_norm: expected input of shape [N, C, ...], got {list(x.shape)}")
     if x.dtype not in DTYPES:
         raise RuntimeError(f"batch_norm: expected input of float16, bfloat16, float32 or float64, got {x.dtype}")
@@ -176,12 +181,13 @@ def check_arguments(
         TypeError: an argument that is neither a tensor nor None.
         RuntimeError: a shape, dtype or device that does not fit ``x``, or running statistics that are missing in eval.
     """
+    channels = (channels_of(x),)
     statistics = [x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32]
     wanted = {
-        "weight": (weight, (x.shape[1],), statistics),
-        "bias": (bias, (x.shape[1],), statistics),
-        "running_mean": (running_mean, (x.shape[1],), statistics),
-        "running_var": (running_var, (x.shape[1],), statistics),
+        "weight": (weight, channels, statistics),
+        "bias": (bias, channels, statistics),
+        "running_mean": (running_mean, channels, statistics),
+        "running_var": (running_var, channels, statistics),
         "residual": (residual, x.shape, [x.dtype]),
     }
     for name, (tensor, shape, dtypes) in wanted.items():
