@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bnfused import ops, reference
 
@@ -19,6 +20,11 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 State = tuple[Tensor | None, Tensor | None, Tensor | None]
 # (training, momentum, eps, activation code, activation_param)
 Settings = tuple[bool, float | None, float, int, float]
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is active: it would find no derivative of the ops."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -64,6 +70,7 @@ class BatchNormFunction(torch.autograd.Function):
         x, weight, bias, residual, mean, invstd, mask = ctx.saved_tensors
         training, _, eps, activation, activation_param = ctx.settings
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+        output_mask = (need_x, need_weight, need_bias, need_residual and activation != 0)
         args = (
             grad_y,
             x,
@@ -76,10 +83,17 @@ class BatchNormFunction(torch.autograd.Function):
             activation,
             activation_param,
             training,
-            (need_x, need_weight, need_bias, need_residual and activation != 0),
+            output_mask,
         )
-        if torch.is_grad_enabled():
+        create_graph = torch.is_grad_enabled()
+        # A tangent of grad_y, or vmap over many of them; is_grads_batched has a vmap of its own, in which a Function
+        # would leave no graph.
+        if in_transform() or (create_graph and torch._C._functorch.is_legacy_batchedtensor(grad_y)):
+            grad_x, grad_weight, grad_bias, grad_residual = _formula_grads(ctx, grad_y, output_mask)
+        elif create_graph:
             grad_x, grad_weight, grad_bias, grad_residual = BatchNormBackwardFunction.apply(*args, eps)
+        elif torch.compiler.is_compiling():  # compiled autograd
+            grad_x, grad_weight, grad_bias, grad_residual = torch.ops.bnfused.batch_norm_backward.default(*args)
         else:
             with _BelowAutograd():
                 grad_x, grad_weight, grad_bias, grad_residual = ops.batch_norm_backward(*args)
@@ -94,6 +108,43 @@ class BatchNormFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _formula_grads(ctx: Any, grad_y: Tensor, output_mask: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
+    """The backward op in plain torch, for what only that can be put through."""
+    x, weight, bias, residual, mean, invstd, _ = ctx.saved_tensors
+    inputs = (x, weight, bias, residual)
+    training, _, eps, activation, activation_param = ctx.settings
+    wanted = [i for i, needed in enumerate(output_mask) if needed]
+
+    def formula(*sources: Tensor) -> Tensor:
+        given = dict(zip(wanted, sources, strict=True))
+        x, weight, bias, residual = (given.get(i, t) for i, t in enumerate(inputs))
+        return _formula(x, weight, bias, residual, mean, invstd, activation, activation_param, training, eps)
+
+    _, pull_back = torch.func.vjp(formula, *(inputs[i] for i in wanted))
+    grads = iter(pull_back(grad_y))
+    return tuple(next(grads) if needed else None for needed in output_mask)
+
+
+def _formula(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: int,
+    activation_param: float,
+    training: bool,
+    eps: float,
+) -> Tensor:
+    """y as the reference computes it, from the statistics that were saved, or in training from ``x``."""
+    values = x.to(reference.arithmetic_dtype(x))
+    if training:
+        mean, var = reference.statistics(values)
+        invstd = (var + eps).rsqrt()
+    return reference.transform(values, mean, invstd, weight, bias, residual, activation, activation_param, x.dtype)
 
 
 # Function.apply without its look at every argument for wrappers of torch.func, which the caller has ruled out: 2 us.
@@ -152,11 +203,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
                 None if t is None else _differentiable(t, create_graph) for t in (grad_y, x, weight, bias, residual)
             ]
             grad_y, x, weight, bias, residual = inputs
-            values = x.to(reference.arithmetic_dtype(x))
-            if training:
-                mean, var = reference.statistics(values)
-                invstd = (var + eps).rsqrt()
-            y = reference.transform(values, mean, invstd, weight, bias, residual, activation, activation_param, x.dtype)
+            y = _formula(x, weight, bias, residual, mean, invstd, activation, activation_param, training, eps)
             pairs = [
                 (source, upstream)
                 for source, upstream, wanted in zip(
@@ -188,7 +235,14 @@ def _differentiable(tensor: Tensor, create_graph: bool) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def _requires_grad(*args: Any) -> bool:
+def _requires_grad(op: str, *args: Any) -> bool:
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in args
+    ):
+        raise RuntimeError(
+            f"bnfused::{op}: expected inputs without a tangent, got one; forward-mode derivatives are those of "
+            "bnfused.functional.batch_norm"
+        )
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
@@ -203,7 +257,7 @@ def _train(
     *settings: Any,
 ) -> Any:
     state = (running_mean, running_var, num_batches_tracked)
-    if _requires_grad(x, weight, bias, residual):
+    if _requires_grad("batch_norm_train", x, weight, bias, residual):
         return BatchNormFunction.apply(x, weight, bias, residual, state, (True, *settings), True)
     with _BelowAutograd():
         return ops.batch_norm_train(x, weight, bias, *state, residual, *settings)
@@ -218,7 +272,7 @@ def _frozen(
     residual: Tensor | None,
     *settings: Any,
 ) -> Any:
-    if _requires_grad(x, weight, bias, residual):
+    if _requires_grad("batch_norm_frozen", x, weight, bias, residual):
         state = (running_mean, running_var, None)
         return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings), True)
     with _BelowAutograd():
@@ -234,7 +288,7 @@ def _eval(
     residual: Tensor | None,
     *settings: Any,
 ) -> Any:
-    if _requires_grad(x, weight, bias, residual):
+    if _requires_grad("batch_norm_eval", x, weight, bias, residual):
         state = (running_mean, running_var, None)
         return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings))
     with _BelowAutograd():
@@ -242,7 +296,7 @@ def _eval(
 
 
 def _backward(grad_y: Tensor, x: Tensor, *rest: Any) -> Any:
-    if _requires_grad(grad_y, x, *rest[:3]):
+    if _requires_grad("batch_norm_backward", grad_y, x, *rest[:3]):
         raise RuntimeError(
             "bnfused::batch_norm_backward: expected inputs that do not require grad; it is differentiable "
             "through bnfused.functional.batch_norm"

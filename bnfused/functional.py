@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnfused import _extension, activations, autograd, fake, ops, reference, without_cuda
@@ -140,8 +139,7 @@ def _has_kernel(x: Tensor) -> bool:
     if x.dim() < 2:  # (0,), which has nothing to compute
         return False
     return not (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        autograd.in_transform()
         # What outlived its transform; Dynamo cannot ask, and hands no such tensor on.
         or (not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x))
     )

@@ -117,18 +117,31 @@ def update_running(
     ``momentum`` is the weight of the new batch; None means 1 / num_batches_tracked, the cumulative average. An empty
     batch is counted and leaves the statistics alone.
     """
+    if rows > 0:
+        factor: float | Tensor = 0.0 if momentum is None else momentum
+        if momentum is None and num_batches_tracked is not None:
+            factor = (num_batches_tracked + 1).to(mean.dtype).reciprocal()
+        unbiased = var * (rows / (rows - 1))
+        pairs = [(old, new) for old, new in ((running_mean, mean), (running_var, unbiased)) if old is not None]
+        for running, batch in pairs:
+            _check_batched_alike(running, batch)
+        for running, batch in pairs:
+            running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
+    # Last: a transform of torch.func that may not write to the statistics has raised by now.
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if rows == 0:
+
+
+def _check_batched_alike(running: Tensor, batch: Tensor) -> None:
+    """Refuse statistics of many batches for one running statistic; torch would tell of some in-place operation."""
+    if torch.compiler.is_compiling():  # cannot ask; torch raises on its own
         return
-    factor: float | Tensor = 0.0 if momentum is None else momentum
-    if momentum is None and num_batches_tracked is not None:
-        factor = num_batches_tracked.to(mean.dtype).reciprocal()
-    if running_mean is not None:
-        running_mean.copy_((1 - factor) * running_mean.to(mean.dtype) + factor * mean)
-    if running_var is not None:
-        unbiased = var * (rows / (rows - 1))
-        running_var.copy_((1 - factor) * running_var.to(var.dtype) + factor * unbiased)
+    level = torch._C._functorch.maybe_get_level
+    if torch._C._functorch.is_batchedtensor(batch) and level(running) < level(batch):
+        raise RuntimeError(
+            "batch_norm: expected running_mean and running_var with the batch dimension of input under vmap, which "
+            "would update them for each; got them without. Pass them through vmap too, or turn track_running_stats off"
+        )
 
 
 def check_values(x: Tensor, training: bool, eps: float) -> None:

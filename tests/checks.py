@@ -381,6 +381,21 @@ def check_gradients_numerically(batch_norm: BatchNorm, activation: str | None, r
         raise AssertionError(f"{error} {p}") from error
 
 
+def check_transforms_numerically(batch_norm: BatchNorm, activation: str | None, residual: bool, training: bool) -> None:
+    """Forward mode, gradients under vmap, and forward over reverse, against finite differences in float64."""
+    p = next(p for p in iter(lambda: _double_problem(activation, residual, training), None) if _far_from_kinks(p))
+    function, leaves, _ = _as_function(batch_norm, p)
+    modes = {"check_batched_grad": True, "fast_mode": True}
+    try:
+        torch.autograd.gradcheck(
+            function, leaves, check_forward_ad=True, check_batched_forward_grad=True, fast_mode=True
+        )
+        torch.autograd.gradcheck(function, leaves, **modes)
+        torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, **modes)
+    except GradcheckError as error:
+        raise AssertionError(f"{error} {p}") from error
+
+
 def check_gradient_penalty(batch_norm: BatchNorm, training: bool, through: str) -> None:
     """A penalty on grad_x, where x reaches the loss by two paths, equals torch's own: through .backward and through
     autograd.grad.

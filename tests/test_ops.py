@@ -314,6 +314,26 @@ def test_ops_have_gradients_of_their_own(name):
         assert not any(t.requires_grad for t in result[1:])
 
 
+@pytest.mark.parametrize("how", ["forward_ad", "jvp"])
+@pytest.mark.parametrize("which", ["x", "weight", "residual"])
+@pytest.mark.parametrize("name", ["batch_norm_train", "batch_norm_frozen", "batch_norm_eval"])
+def test_ops_refuse_tangents(name, which, how):
+    """The ops themselves have no forward-mode derivative and say so. Trap: a tangent dropped without a word."""
+    p = cases.make((4, 3, 5), residual=True)
+
+    def call(tensor):
+        result = op(name)(*ARGUMENTS[name](p.but(**{which: tensor})))
+        return result if name == "batch_norm_eval" else result[0]
+
+    tensor = getattr(p, which)
+    with pytest.raises(RuntimeError, match=f"bnfused::{name}: expected inputs without a tangent"):
+        if how == "jvp":
+            torch.func.jvp(call, (tensor,), (tensor,))
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                call(torch.autograd.forward_ad.make_dual(tensor, tensor))
+
+
 def test_meta_tensors():
     """The ops run on the meta device: shapes without values."""
     p = cases.make((4, 3, 5), residual=True)
