@@ -119,10 +119,10 @@ def _formula_grads(ctx: Any, grad_y: Tensor, output_mask: tuple[bool, bool, bool
 
     def formula(*sources: Tensor) -> Tensor:
         given = dict(zip(wanted, sources, strict=True))
-        x, weight, bias, residual = (given.get(i, t) for i, t in enumerate(inputs))
+        x, weight, bias, residual = [given.get(i, t) for i, t in enumerate(inputs)]
         return _formula(x, weight, bias, residual, mean, invstd, activation, activation_param, training, eps)
 
-    _, pull_back = torch.func.vjp(formula, *(inputs[i] for i in wanted))
+    pull_back: Any = torch.func.vjp(formula, *(inputs[i] for i in wanted))[1]
     grads = iter(pull_back(grad_y))
     return tuple(next(grads) if needed else None for needed in output_mask)
 

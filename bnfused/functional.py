@@ -106,7 +106,8 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked,
         )
     state = (running_mean, running_var, num_batches_tracked)
-    if torch.compiler.is_compiling():  # the op is a node of the graph; its gradient comes from the dispatcher
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        # The op is a node of the graph; its gradient comes from the dispatcher.
         if training:
             train = torch.ops.bnfused.batch_norm_train.default
             return train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bnfused import functional
 
@@ -40,6 +40,9 @@ class _FusedForward:
             activation: one of ``bnfused.activations.ACTIVATIONS``, or None.
             activation_param: ``negative_slope`` of leaky_relu, ``alpha`` of elu.
         """
+        if isinstance(input, fx.Proxy):
+            fusion = {"residual": residual, "activation": activation, "activation_param": activation_param}
+            return _leaf_of_trace(self, input, fusion)
         self._check_input_dim(input)
         training = self.training
         buffers, parameters = self._buffers, self._parameters
@@ -67,6 +70,20 @@ class _FusedForward:
             activation_param=activation_param,
             num_batches_tracked=count,
         )
+
+    def __prepare_scriptable__(self: Any) -> nn.Module:
+        """What torch.jit.script compiles instead: torch's own module around the same parameters and buffers."""
+        plain: Any = next(cls for cls in type(self).__mro__ if cls.__module__ == nn.BatchNorm2d.__module__)
+        module: nn.Module = plain.__new__(plain)
+        vars(module).update(vars(self))
+        return module
+
+
+def _leaf_of_trace(module: nn.Module, input: fx.Proxy, fusion: dict[str, Any]) -> Any:
+    """One ``call_module`` node: torch.fx keeps what is in ``torch.nn`` whole, and this is to stand in its place."""
+    tracer: Any = input.tracer
+    asked_for = {name: value for name, value in fusion.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), asked_for)
 
 
 class BatchNorm1d(_FusedForward, nn.BatchNorm1d):

@@ -19,10 +19,12 @@ void define(torch::Library& m) {
       "Tensor? residual, float eps, int activation, float activation_param) "
       "-> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
+  // flexible_layout: Inductor may pass x in another memory order than eager mode would. The ops that keep something for
+  // the backward get what was traced: a mask is in the memory order of x, and the backward has to find it so.
   m.def(
       "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "Tensor? residual, float eps, int activation, float activation_param) -> Tensor y",
-      {at::Tag::pt2_compliant_tag});
+      {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout});
   // A gradient that output_mask does not ask for comes back with no elements.
   m.def(
       "batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
