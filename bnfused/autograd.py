@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bnfused import ops, reference
+from bnfused.activations import RELU_CODE
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
@@ -59,7 +60,9 @@ class BatchNormFunction(torch.autograd.Function):
         if activation == 0:
             residual = None  # its gradient is grad_y itself
         ctx.settings = settings
-        ctx.save_for_backward(x, weight, bias, residual, mean, invstd, mask)
+        # A mask of no elements would be packed and unpacked all the same.
+        kept_mask = mask if activation == RELU_CODE and residual is not None else None
+        ctx.save_for_backward(x, weight, bias, residual, mean, invstd, kept_mask)
         if not with_saved:
             return y
         ctx.mark_non_differentiable(mean, invstd, mask)

@@ -10,6 +10,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_native.h>
 
 #include <algorithm>
 #include <array>
@@ -155,14 +156,20 @@ inline void copy_back(const OptionalTensor& copy, const OptionalTensor& t) {
   if (t && !copy->is_same(*t)) t->copy_(*copy);
 }
 
+// A tensor of x's device. On the CPU past the dispatcher, which takes about as long as the allocation: a training step
+// makes eight, and on a small tensor there is little else.
+inline at::Tensor empty_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype) {
+  if (x.is_cpu()) return at::native::empty_cpu(sizes, dtype);
+  return at::empty(sizes, x.options().dtype(dtype));
+}
+
 struct Saved {
   at::Tensor mean, invstd, mask;
 };
 
 inline Saved allocate_saved(const at::Tensor& x, const Problem& p, bool with_mask) {
-  const auto statistics = x.options().dtype(at::kDouble);
-  return {at::empty({p.channels}, statistics), at::empty({p.channels}, statistics),
-          at::empty({with_mask ? mask_bytes(p) : 0}, x.options().dtype(at::kByte))};
+  return {empty_beside(x, {p.channels}, at::kDouble), empty_beside(x, {p.channels}, at::kDouble),
+          empty_beside(x, {with_mask ? mask_bytes(p) : 0}, at::kByte)};
 }
 
 inline bool wants_mask(const Epilogue& e, const OptionalTensor& residual) {
@@ -311,15 +318,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   const OptionalTensor residual = use_mask ? OptionalTensor{} : in_order_of(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
 
-  const auto absent = x.options();
-  const auto parameter = x.scalar_type() == at::kDouble ? absent : absent.dtype(at::kFloat);
-  const auto of_parameter = [&](const OptionalTensor& t, bool needed) {
-    return at::empty({needed ? p.channels : 0}, t ? t->options() : parameter);
+  const auto parameter = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto like_parameter = [&](const OptionalTensor& t, bool needed) {
+    return empty_beside(x, {needed ? p.channels : 0}, t ? t->scalar_type() : parameter);
   };
-  const at::Tensor grad_x = need_x ? Backend::empty_like(x) : at::empty({0}, absent);
-  const at::Tensor grad_residual = need_residual ? Backend::empty_like(x) : at::empty({0}, absent);
-  const at::Tensor grad_weight = of_parameter(weight, need_weight);
-  const at::Tensor grad_bias = of_parameter(bias, need_bias);
+  const auto like_x = [&](bool needed) {
+    return needed ? Backend::empty_like(x) : empty_beside(x, {0}, x.scalar_type());
+  };
+  const at::Tensor grad_x = like_x(need_x), grad_residual = like_x(need_residual);
+  const at::Tensor grad_weight = like_parameter(weight, need_weight);
+  const at::Tensor grad_bias = like_parameter(bias, need_bias);
 
   BackwardArgs args{};
   args.problem = p;
