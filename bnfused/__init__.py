@@ -7,6 +7,7 @@ without a module; ``bnfused.reference.batch_norm`` is the specification in plain
 from bnfused import autograd, diagnostics, functional, reference
 from bnfused._extension import build_info, is_available, why_unavailable
 from bnfused.explanation import explain
+from bnfused.conversion import FusionEntry, FusionReport, convert, fusion_report, revert
 from bnfused.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -25,12 +26,17 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "FusionEntry",
+    "FusionReport",
     "autograd",
     "build_info",
     "diagnostics",
     "explain",
+    "convert",
     "functional",
+    "fusion_report",
     "is_available",
     "reference",
+    "revert",
     "why_unavailable",
 ]

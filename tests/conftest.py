@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
@@ -65,6 +68,37 @@ def extension(request: pytest.FixtureRequest) -> None:
     """For tests of the compiled ops themselves."""
     request.node.user_properties.append(("backend", "cpu"))
     require_extension()
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    """torchvision, where its compiled operators do not load as well: its networks need none of them.
+
+    Its wheels are for one build of torch each, and beside another (a CPU one, a newer one) it cannot be imported for
+    want of two operators of object detection.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        pytest.fail(f"{error}; install it with: pip install --no-deps -r requirements-networks.txt", pytrace=False)
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    for name in ("nms", "qnms"):
+        _STAND_INS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("torchvision")
+
+
+_STAND_INS = torch.library.Library("torchvision", "FRAGMENT")  # what it defines goes with it
+
+
+@pytest.fixture(scope="session")
+def timm(torchvision: ModuleType) -> ModuleType:
+    """timm, which imports torchvision."""
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        pytest.fail(f"{error}; install it with: pip install --no-deps -r requirements-networks.txt", pytrace=False)
 
 
 @pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))

@@ -1,0 +1,531 @@
+"""Record what one module's ``forward`` does, or say why a record would not prove it.
+
+A graph that is traced once is right for every later call only if ``forward`` took its decisions from what is known to
+stay. So ``forward`` is run here on stand-ins that let nothing else through:
+
+- its tensors are values without a value: whoever branches on one, or asks for its type, is found out;
+- its children can only be called, and become one node each;
+- of the module itself it may read constants, which are noted, so that a later call can compare; it may write nothing;
+- whatever else it calls must be an operation of torch that shows up in the graph, a pure function, or Python code for
+  which the same holds.
+
+Nodes stand in the order of execution and none is dropped: the graph does what ``forward`` did, side effects included.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dataclasses
+import dis
+import enum
+import functools
+import inspect
+import math
+import operator
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, _jit_internal, fx, nn
+from torch.fx.proxy import Attribute, GraphAppendingTracer, Proxy
+
+
+class Untraceable(Exception):
+    """Why the record would not hold; the message continues "its forward ..."."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``forward`` did, in a graph whose placeholders are its arguments.
+
+    ``observed`` is what it read of its module, as (name, fact): a call repeats the record only while
+    ``fact(module, name)`` is the same. ``argument_types`` are the types of its arguments.
+    """
+
+    forward: Callable[..., Any]
+    graph: fx.Graph
+    observed: tuple[tuple[str, Any], ...]
+    argument_types: tuple[type, ...]
+    asked_for_types: bool
+
+
+class _ABSENT:
+    """What a missing attribute reads as."""
+
+
+_CONSTANTS = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(...),
+    range,
+    enum.Enum,
+    type,
+    FunctionType,
+    BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Size,
+)
+
+
+def _is_constant(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(_is_constant(element) for element in value)
+    return isinstance(value, _CONSTANTS)
+
+
+def fact(module: nn.Module, name: str) -> Any:
+    """What reading ``module.name`` can tell a ``forward`` that only calls children and computes with tensors.
+
+    Equal facts mean an equal run, in a copy of the module too.
+    """
+    value = getattr(module, name, _ABSENT)
+    if type(value) is nn.ModuleList:
+        return nn.ModuleList, len(value)
+    if type(value) is nn.ModuleDict:
+        return nn.ModuleDict, tuple(value)
+    if isinstance(value, nn.Module):
+        return nn.Module
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, MethodType):
+        return value.__func__
+    return type(value), value  # True == 1
+
+
+def record(module: nn.Module, argument_types: tuple[type, ...]) -> Record:
+    """Run ``type(module).forward`` on as many stand-ins of the given types (Tensor or list) as it needs arguments.
+
+    Raises:
+        Untraceable: the record would not hold for other calls.
+    """
+    result = _Recording(module, argument_types, module.training).run()
+    if "training" in dict(result.observed):
+        other = _Recording(module, argument_types, not module.training).run()
+        if _lines(result.graph) != _lines(other.graph):
+            return _with_mode_as_value(module, argument_types)
+        observed = dict(result.observed) | dict(other.observed)
+        del observed["training"]
+        result = dataclasses.replace(result, observed=tuple(observed.items()))
+    return result
+
+
+def _with_mode_as_value(module: nn.Module, argument_types: tuple[type, ...]) -> Record:
+    """For a forward that hands ``self.training`` on, as to dropout, and decides nothing by it."""
+    try:
+        return _Recording(module, argument_types, None).run()
+    except Untraceable:
+        raise Untraceable("does one thing in training and another in eval") from None
+
+
+def _lines(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
+
+
+def argument_counts(module: nn.Module) -> range:
+    """With how many arguments, all by position, ``forward`` is recorded: what it needs, and up to two more.
+
+    Raises:
+        Untraceable: ``forward`` is no plain Python function, or a default is more than a constant.
+    """
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        raise Untraceable("is wrapped by a decorator")
+    required = by_position = 0
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        has_default = parameter.default is not parameter.empty
+        if has_default and not _is_constant(parameter.default):
+            raise Untraceable(f"has a default for {parameter.name} that can change")
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            by_position += 1
+            required += not has_default
+        elif not has_default:
+            raise Untraceable(f"needs {parameter.name} by name")
+    return range(required, min(by_position, required + 2) + 1)
+
+
+# ------------------------------------------------------------------------------------------ what may be called
+
+# Builtins whose result depends on their arguments alone, which change nothing and keep nothing.
+_PURE_BUILTINS = frozenset(
+    """abs all any bool dict divmod enumerate filter float getattr hasattr int isinstance issubclass len list map max
+    min pow range reversed round set slice sorted str sum super tuple zip""".split()  # noqa: SIM905
+)
+_PURE_MODULES = {math.__name__, operator.add.__module__, operator.__name__}
+_CONTAINERS = (list, dict, set, tuple, str)
+
+
+@functools.cache
+def _recorded() -> tuple[set[Any], set[CodeType]]:
+    """The functions of torch that become a node where a stand-in is among their arguments, and their code."""
+    functions = {function for group in torch.overrides.get_overridable_functions().values() for function in group}
+    functions.add(torch._assert)
+    return functions, {function.__code__ for function in functions if isinstance(function, FunctionType)}
+
+
+def _is_outside(frame: FrameType) -> bool:
+    """Whether a frame runs code of neither torch nor this file."""
+    package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+    return package != "torch" and frame.f_globals is not globals()
+
+
+def _may_call(frame: FrameType) -> bool:
+    return (
+        frame.f_globals is globals()
+        or str(frame.f_globals.get("__name__")).startswith("torch.fx.")
+        or frame.f_code in _recorded()[1]
+        or frame.f_code is _jit_internal.is_scripting.__code__
+    )
+
+
+def _may_call_builtin(called: Any) -> bool:
+    owner = getattr(called, "__self__", None)
+    return (
+        _hashed_in(called, _recorded()[0])
+        or (owner is builtins and called.__name__ in _PURE_BUILTINS)
+        or getattr(called, "__module__", None) in _PURE_MODULES
+        or type(owner) in _CONTAINERS
+    )
+
+
+class _Recording:
+    """One run of ``forward`` on stand-ins."""
+
+    def __init__(self, module: nn.Module, argument_types: tuple[type, ...], training: bool | None) -> None:
+        self.module = module
+        self.training = training
+        self.argument_types = argument_types
+        self.tracer = _Tracer(self)
+        self.observed: dict[str, Any] = {}
+        self.children: dict[int, _Child] = {}
+        self.reason: str | None = None
+        self.asked_for_types = False
+        self.nested: set[CodeType] = set()
+        # For each Python frame of the run, whether its calls are to be watched: what torch calls is torch's business.
+        self.watched = [False]
+
+    def run(self) -> Record:
+        cls = type(self.module)
+        if cls.__getattribute__ is not nn.Module.__getattribute__ or cls.__getattr__ is not nn.Module.__getattr__:
+            raise Untraceable("looks attributes up in its own way")
+        arguments = []
+        for i, kind in enumerate(self.argument_types):
+            value = self.tracer.create_proxy("placeholder", f"argument_{i}", (), {})
+            object.__setattr__(value, "_type", kind)
+            arguments.append(value)
+        previous = sys.getprofile()
+        try:
+            stand_in = _Self(self)
+            sys.setprofile(self.watch)
+            try:
+                result = cls.forward(stand_in, *arguments)
+            finally:
+                sys.setprofile(previous)
+            self.tracer.create_node("output", "output", (self.tracer.create_arg(self.result(result)),), {})
+        except Exception as error:
+            if self.reason is None:
+                self.reason = f"does not run on stand-ins: {error}"
+        if self.reason is not None:  # even where the code of forward caught the exception
+            raise Untraceable(self.reason)
+        return Record(
+            cls.forward, self.tracer.graph, tuple(self.observed.items()), self.argument_types, self.asked_for_types
+        )
+
+    def fail(self, reason: str) -> NoReturn:
+        self.reason = self.reason or reason
+        raise Untraceable(self.reason)
+
+    def result(self, value: Any) -> Any:
+        """Only what the generated code builds anew in the same way."""
+        if isinstance(value, Proxy) or _is_constant(value):
+            return value
+        if type(value) in (list, tuple):
+            return type(value)([self.result(element) for element in value])
+        if type(value) is dict and all(_is_constant(key) for key in value):
+            return {key: self.result(element) for key, element in value.items()}
+        self.fail(f"returns a {type(value).__name__}")
+
+    # -------------------------------------------------------------------------------------- what forward reads
+
+    def read(self, stand_in: _Self, name: str) -> Any:
+        """``self.name`` of the running ``forward``, in the order of Python's own lookup."""
+        module, cls = self.module, type(self.module)
+        if name == "__class__":
+            return cls
+        # By hand, as every other call here would be taken for one of forward's.
+        of_class = next((base.__dict__[name] for base in cls.__mro__ if name in base.__dict__), _ABSENT)
+        is_descriptor = hasattr(type(of_class), "__get__")
+        if name == "training" and self.training is None:
+            return self.tracer.create_proxy("get_attr", name, (), {})
+        if name in module.__dict__ and not (is_descriptor and hasattr(type(of_class), "__set__")):
+            return self.constant(name, self.training if name == "training" else module.__dict__[name])
+        if is_descriptor:
+            if not isinstance(of_class, (FunctionType, property, classmethod, staticmethod)):
+                self.fail(f"reads {name}")
+            if isinstance(of_class, FunctionType):
+                self.observed[name] = of_class
+            return of_class.__get__(stand_in, cls)
+        if of_class is not _ABSENT:
+            return self.constant(name, of_class)
+        for store in (module._parameters, module._buffers):
+            if name in store:
+                if store[name] is None:
+                    return self.constant(name, None)
+                self.observed[name] = Tensor
+                return self.tracer.create_proxy("get_attr", name, (), {})
+        if name in module._modules:
+            return self.child(name, module._modules[name])
+        self.observed[name] = fact(module, name)
+        raise AttributeError(name)
+
+    def constant(self, name: str, value: Any) -> Any:
+        if not _is_constant(value):
+            self.fail(f"reads {name}, a {type(value).__name__}")
+        self.observed[name] = (type(value), value)
+        return value
+
+    def child(self, name: str, child: nn.Module | None) -> Any:
+        self.observed[name] = fact(self.module, name)
+        if child is None:
+            return None
+        if type(child) is nn.ModuleList:
+            return tuple(self.stand_in(f"{name}.{i}", element) for i, element in enumerate(child))
+        if type(child) is nn.ModuleDict:
+            return {key: self.stand_in(f"{name}.{key}", element) for key, element in child.items()}
+        return self.stand_in(name, child)
+
+    def stand_in(self, target: str, child: nn.Module) -> _Child:
+        return self.children.setdefault(id(child), _Child(self, target, hasattr(child, "__len__")))
+
+    # -------------------------------------------------------------------------------------- what forward calls
+
+    def watch(self, frame: FrameType, event: str, called: Any) -> None:
+        """The profile function of the run: every call that forward's own code makes passes here before it happens."""
+        if event == "return":
+            self.watched.pop()
+        elif event == "call":
+            caller = frame.f_back
+            by_this_file = caller is not None and caller.f_globals is globals()
+            watched = (self.watched[-1] or by_this_file) and _is_outside(frame)
+            if watched:
+                self.check_code(frame)
+            elif self.watched[-1] and not _may_call(frame):
+                self.fail(f"calls {frame.f_globals.get('__name__')}.{frame.f_code.co_name}")
+            self.watched.append(watched)
+        elif event == "c_call" and self.watched[-1] and not _may_call_builtin(called):
+            self.fail(f"calls {getattr(called, '__qualname__', called)}")
+
+    def check_code(self, frame: FrameType) -> None:
+        """Code outside torch may use global names for constants, functions and types, and write none."""
+        code = frame.f_code
+        for instruction in dis.get_instructions(code):
+            name = instruction.argval
+            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME"):
+                self.fail(f"changes or imports {name}")
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and not self.may_name(frame, name):
+                self.fail(f"uses {name}")
+        if code not in self.nested:  # what was not made in this run
+            for name in code.co_freevars:
+                value = frame.f_locals.get(name)
+                if name != "__class__" and not _is_constant(value):
+                    self.fail(f"uses {name}")
+            reason = _unrecordable(code)
+            if reason is not None:
+                self.fail(reason)
+        self.nested.update(constant for constant in code.co_consts if isinstance(constant, CodeType))
+
+    def may_name(self, frame: FrameType, name: str) -> bool:
+        if name not in frame.f_globals:
+            value = getattr(builtins, name, None)
+            return name in _PURE_BUILTINS or value is None or _is_exception(value)
+        value = frame.f_globals[name]
+        if isinstance(value, ModuleType):
+            return value.__name__.split(".")[0] == "torch" or value.__name__ in _PURE_MODULES
+        return _is_constant(value)
+
+
+@functools.cache
+def _unrecordable(code: CodeType) -> str | None:
+    """What stand-ins cannot notice, read off the source: ``is``, and what is done about exceptions and on leaving."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError):
+        return "has no source to read"
+    identities = _Identities(tree, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Try, ast.With, ast.AsyncWith, ast.Match)):
+            return f"has a {type(node).__name__.lower()} statement"
+        if isinstance(node, ast.Compare) and any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+            with_constant = len(node.ops) == 1 and isinstance(node.comparators[0], ast.Constant)
+            if not with_constant or not identities.is_known(node.left):
+                return f"asks whether {ast.unparse(node)}"
+    return None
+
+
+class _Identities:
+    """Which expressions of a function are None or not for its stand-ins as for what they stand for.
+
+    Those are its arguments, as long as nothing else is assigned to them, and what the module has; but not what a child
+    or an operation returns.
+    """
+
+    def __init__(self, tree: ast.AST, arguments: tuple[str, ...]) -> None:
+        self.arguments = arguments
+        self.first_written: dict[str, int] = {}
+        self.assigned: dict[str, list[ast.expr | None]] = {}
+        values = {
+            target: node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) for target in node.targets
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                self.assigned.setdefault(node.id, []).append(values.get(node))
+                self.first_written[node.id] = min(node.lineno, self.first_written.get(node.id, node.lineno))
+
+    def is_known(self, node: ast.expr | None) -> bool:
+        match node:
+            case ast.Name(id=name) if name in self.arguments:
+                return node.lineno <= self.first_written.get(name, node.lineno)
+            case ast.Name(id=name):
+                return name in self.assigned and all(self._is_of_module(value) for value in self.assigned[name])
+        return self._is_of_module(node)
+
+    def _is_of_module(self, node: ast.expr | None) -> bool:
+        match node:
+            case (
+                ast.Attribute(value=ast.Name(id=name))
+                | ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id=name), *_])
+            ):
+                return name == self.arguments[0] and name not in self.assigned
+        return False
+
+
+def _is_exception(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
+
+
+def _hashed_in(value: Any, values: set[Any]) -> bool:
+    try:
+        return value in values
+    except TypeError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------- stand-ins
+
+
+class _Self:
+    """Stands for the module."""
+
+    __slots__ = ("recording",)
+
+    def __init__(self, recording: _Recording) -> None:
+        object.__setattr__(self, "recording", recording)
+
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, "recording").read(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__getattribute__(self, "recording").fail(f"writes {name}")
+
+
+class _Child:
+    """Stands for a module that ``forward`` calls."""
+
+    __slots__ = ("has_length", "recording", "target")
+
+    def __init__(self, recording: _Recording, target: str, has_length: bool) -> None:
+        for name, value in (("recording", recording), ("target", target), ("has_length", has_length)):
+            object.__setattr__(self, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _of(self, "recording").tracer.create_proxy("call_module", _of(self, "target"), args, kwargs)
+
+    def __bool__(self) -> bool:
+        if _of(self, "has_length"):
+            _of(self, "recording").fail(f"asks for the length of {_of(self, 'target')}")
+        return True
+
+    def __getattribute__(self, name: str) -> Any:
+        _of(self, "recording").fail(f"reads {name} of {_of(self, 'target')}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _of(self, "recording").fail(f"writes {name} of {_of(self, 'target')}")
+
+
+_of = object.__getattribute__
+
+
+class _Tracer(GraphAppendingTracer):
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__(fx.Graph())
+        self.recording = recording
+
+    def proxy(self, node: fx.Node) -> _Value:
+        return _Value(node, self)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        self.recording.fail("decides by the values or the shape of its input")
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        self.recording.fail("iterates over a tensor")
+
+
+def _in_place(name: str) -> Callable[..., Any]:
+    def method(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+class _Value(Proxy):
+    """Stands for a tensor, or for a list of tensors."""
+
+    _type: type | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What ``isinstance`` asks for where the class of this stand-in is not the answer."""
+        if not _is_outside(sys._getframe(1)):
+            return type(self)
+        recording = self.tracer.recording  # type: ignore[attr-defined]
+        kind = self.__dict__.get("_type")
+        if kind is None:
+            return recording.fail("asks for the type of a result")
+        recording.asked_for_types = True
+        return kind
+
+    def __getattr__(self, k: str) -> Attribute:
+        return _Attribute(self, k)
+
+    # Proxy has none of these, and Python would take `x += y` for `x = x + y`.
+    __iadd__ = _in_place("iadd")
+    __isub__ = _in_place("isub")
+    __imul__ = _in_place("imul")
+    __itruediv__ = _in_place("itruediv")
+    __ifloordiv__ = _in_place("ifloordiv")
+    __imod__ = _in_place("imod")
+    __ipow__ = _in_place("ipow")
+    __iand__ = _in_place("iand")
+    __ior__ = _in_place("ior")
+    __ixor__ = _in_place("ixor")
+    __ilshift__ = _in_place("ilshift")
+    __irshift__ = _in_place("irshift")
+    __imatmul__ = _in_place("imatmul")
+
+
+class _Attribute(Attribute, _Value):
+    """Stands for an attribute of a tensor, as its shape."""
