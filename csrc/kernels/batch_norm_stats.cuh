@@ -25,7 +25,6 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
   const uint32_t end = part_end < rows ? part_end : rows;
   uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane;
   while (row < end) {
-    const uint32_t first = row;
     Run<A, A> run[kUnit];
     A count = 0;
     A factor = 1;
@@ -65,7 +64,7 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
       for (int k = 0; k < kUnit; ++k) overflowed |= run[k].overflowed();
       if (!overflowed || factor != 1) break;
       factor = kShrink;
-      row = first;
+      row -= uint32_t(count) * s.lanes;
       count = 0;
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) run[k] = {run[k].shift};
