@@ -25,13 +25,12 @@ OLDEST_AND_NEWEST = "7.5;12.0"
 EVERY = "7.5;8.0;8.6;8.9;9.0;10.0;12.0"
 STRICT = "-Werror all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 
-# By the first that fits. Two blocks on an SM cover the latency of its memory. Rows keep the sums or constants of 8
-# channels in registers, float64 takes two for a value, all activations in one kernel what the greediest of them takes:
-# these get by with one.
+# By the first that fits. Two blocks on an SM cover the latency of its memory. The backward's sums of rows keep sums and
+# constants of 8 channels in registers, and float64 takes two for a value: these load more at once, and get by with one.
 RULES = (
     Rule("_empty", 4, wide_loads=False, wide_stores=False),
-    Rule("_(apply|small)_(rows|.*<double|.*AnyActivation)", 1, wide_loads=True, wide_stores=True),
-    Rule("_rows|<double|AnyActivation", 1, wide_loads=True, wide_stores=False),
+    Rule("_small_rows|_(apply|small)_.*<double", 1, wide_loads=True, wide_stores=True),
+    Rule("_backward_reduce_rows|<double", 1, wide_loads=True, wide_stores=False),
     Rule("_(apply|small)_", 2, wide_loads=True, wide_stores=True),
     Rule("batch_norm_", 2, wide_loads=True, wide_stores=False),
 )
