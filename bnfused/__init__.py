@@ -6,8 +6,8 @@ without a module; ``bnfused.reference.batch_norm`` is the specification in plain
 
 from bnfused import autograd, diagnostics, functional, reference
 from bnfused._extension import build_info, is_available, why_unavailable
-from bnfused.explanation import explain
 from bnfused.conversion import FusionEntry, FusionReport, convert, fusion_report, revert
+from bnfused.explanation import explain
 from bnfused.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -23,16 +23,16 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FusionEntry",
+    "FusionReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
-    "FusionEntry",
-    "FusionReport",
     "autograd",
     "build_info",
+    "convert",
     "diagnostics",
     "explain",
-    "convert",
     "functional",
     "fusion_report",
     "is_available",

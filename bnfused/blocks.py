@@ -211,10 +211,8 @@ class Plan:
 
     def holds_for(self, module: nn.Module) -> bool:
         """The same, whatever the arguments are."""
-        return (
-            type(module).forward is self.record.forward
-            and all(tracing.fact(module, name) == fact for name, fact in self.record.observed)
-            and all(is_transparent(module.get_submodule(name)) for name in self.transparent)
+        return self.record.holds(module) and all(
+            is_transparent(module.get_submodule(name)) for name in self.transparent
         )
 
     def execute(self, module: nn.Module, args: tuple[Any, ...], then: Then) -> Any:

@@ -11,15 +11,12 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from types import CodeType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from bnfused import modules
-
-if TYPE_CHECKING:
-    from bnfused.blocks import Plan
 
 # Every batch norm of bnfused inherits this one function: a class that has it normalizes as bnfused does.
 NORMALIZE = modules.BatchNorm2d.forward
@@ -195,7 +192,8 @@ class Execution:
         """``function(x)``; ``in_the_way`` is what keeps it from being fused."""
         return function(x)
 
-    def block(self, plan: Plan, module: nn.Module, args: tuple[Any, ...], then: Then) -> Any:
+    def block(self, plan: Any, module: nn.Module, args: tuple[Any, ...], then: Then) -> Any:
+        """``then`` of a block's forward; ``plan`` is of ``bnfused/blocks.py``, which knows this file."""
         return plan.execute(module, args, then)
 
     def finish(self, then: Then, y: Any) -> Any:

@@ -43,15 +43,24 @@ class Untraceable(Exception):
 class Record:
     """What ``forward`` did, in a graph whose placeholders are its arguments.
 
-    ``observed`` is what it read of its module, as (name, fact): a call repeats the record only while
-    ``fact(module, name)`` is the same. ``argument_types`` are the types of its arguments.
+    ``observed`` is what it read of its module, as (name, fact), and ``observed_globals`` what its code names of the
+    Python module that it stands in, as (Python module, name, value). ``argument_types`` are those of its arguments.
     """
 
     forward: Callable[..., Any]
     graph: fx.Graph
     observed: tuple[tuple[str, Any], ...]
+    observed_globals: tuple[tuple[ModuleType, str, Any], ...]
     argument_types: tuple[type, ...]
     asked_for_types: bool
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the forward of ``module`` is the same and would read the same now."""
+        return (
+            type(module).forward is self.forward
+            and all(fact(module, name) == observed for name, observed in self.observed)
+            and all(getattr(place, name, None) is value for place, name, value in self.observed_globals)
+        )
 
 
 class _ABSENT:
@@ -118,7 +127,8 @@ def record(module: nn.Module, argument_types: tuple[type, ...]) -> Record:
             return _with_mode_as_value(module, argument_types)
         observed = dict(result.observed) | dict(other.observed)
         del observed["training"]
-        result = dataclasses.replace(result, observed=tuple(observed.items()))
+        observed_globals = dict.fromkeys((*result.observed_globals, *other.observed_globals))
+        result = dataclasses.replace(result, observed=tuple(observed.items()), observed_globals=tuple(observed_globals))
     return result
 
 
@@ -211,6 +221,7 @@ class _Recording:
         self.argument_types = argument_types
         self.tracer = _Tracer(self)
         self.observed: dict[str, Any] = {}
+        self.observed_globals: dict[tuple[ModuleType, str], Any] = {}
         self.children: dict[int, _Child] = {}
         self.reason: str | None = None
         self.asked_for_types = False
@@ -242,7 +253,12 @@ class _Recording:
         if self.reason is not None:  # even where the code of forward caught the exception
             raise Untraceable(self.reason)
         return Record(
-            cls.forward, self.tracer.graph, tuple(self.observed.items()), self.argument_types, self.asked_for_types
+            forward=cls.forward,
+            graph=self.tracer.graph,
+            observed=tuple(self.observed.items()),
+            observed_globals=tuple((*place, value) for place, value in self.observed_globals.items()),
+            argument_types=self.argument_types,
+            asked_for_types=self.asked_for_types,
         )
 
     def fail(self, reason: str) -> NoReturn:
@@ -355,7 +371,11 @@ class _Recording:
         value = frame.f_globals[name]
         if isinstance(value, ModuleType):
             return value.__name__.split(".")[0] == "torch" or value.__name__ in _PURE_MODULES
-        return _is_constant(value)
+        place = sys.modules.get(frame.f_globals["__name__"])
+        if place is None or vars(place) is not frame.f_globals or not _is_constant(value):
+            return False
+        self.observed_globals[place, name] = value
+        return True
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import random
+import sys
 from collections import Counter
 
 import pytest
@@ -1023,6 +1024,20 @@ def test_method_given_to_the_instance():
     twins.assert_same_training(converted, original, images())
 
 
+FLAG = True
+
+
+def by_flag(self, x):
+    return self.relu(self.bn(x)) if FLAG else self.bn(x)
+
+
+def test_changed_global(monkeypatch):
+    converted, original = pair(block(by_flag))
+    assert ops(converted) == {"batch_norm+relu": 1, "batch_norm": 1}
+    monkeypatch.setattr(sys.modules[__name__], "FLAG", False)
+    twins.assert_same_training(converted, original, images())
+
+
 def test_class_given_another_forward(monkeypatch):
     converted, original = pair(Residual())
     monkeypatch.setattr(Residual, "forward", lambda self, x: self.bn1(x) * 3)
@@ -1219,6 +1234,16 @@ def test_transforms():
         results.append(torch.func.grad(loss)(state))
     for name, gradient in results[1].items():
         twins.assert_near(name, results[0][name], gradient, max(1.0, twins.largest(gradient)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced():
+    """By torch.jit and torch.fx, which see the classes' own forwards or the fused ops."""
+    converted, original = networks()
+    converted.eval()
+    x = images(2, 3, 7, 7)
+    for traced in (torch.jit.trace(converted, (x,)), torch.fx.symbolic_trace(converted)):
+        twins.assert_same_outputs(traced, original.eval(), x)
 
 
 def test_gradient_of_a_gradient():
