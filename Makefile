@@ -54,7 +54,7 @@ demo: $(VENV)/.extension
 	@$(PY) benchmarks/train_digits.py $(ARGS)
 
 # Only the pinned plugin: $(VENV) sees the system's packages, and so whatever pytest plugins are there.
-test: $(VENV)/.extension
+test: $(VENV)/.extension $(VENV)/.networks
 	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) -m pytest -p _hypothesis_pytestplugin $(ARGS)
 
 sanitize: $(VENV)/.extension
@@ -111,6 +111,15 @@ $(VENV)/.torch: | $(PY)
 $(VENV)/.tools: requirements-dev.txt $(VENV)/.torch
 	@echo 'installing the pinned tools of requirements-dev.txt'
 	@$(PIP) install -qq -r requirements-dev.txt
+	@touch $@
+
+# Without what they depend on, which is there, and only where they are missing: each torchvision asks for one torch, and
+# pip would replace the one that is installed.
+$(VENV)/.networks: requirements-networks.txt $(VENV)/.tools
+	@for package in torchvision timm; do \
+	  $(PY) -c "import importlib.util as u; exit(u.find_spec('$$package') is None)" || \
+	    $(PIP) install -qq --no-deps "$$(grep "^$$package==" $<)" || exit 1; \
+	done
 	@touch $@
 
 # ninja is a program, and has to be found on the PATH.
