@@ -33,7 +33,7 @@ endif
 .PHONY: help build demo test sanitize lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
 
 help:
-	@echo 'make demo    train a small network with bnfused and with torch, and compare'
+	@echo 'make demo    train a small network with bnfused and with torch, convert a ResNet-18, and compare'
 	@echo 'make test    run the tests'
 	@echo 'make sanitize  run the CUDA kernels under AddressSanitizer, on the CPU'
 	@echo 'make lint    ruff, mypy and clang-format'
@@ -52,6 +52,7 @@ build: $(VENV)/.extension
 
 demo: $(VENV)/.extension
 	@$(PY) benchmarks/train_digits.py $(ARGS)
+	@$(PY) benchmarks/convert_resnet18.py --no-environment
 
 # Only the pinned plugin: $(VENV) sees the system's packages, and so whatever pytest plugins are there.
 test: $(VENV)/.extension $(VENV)/.networks

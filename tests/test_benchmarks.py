@@ -572,6 +572,16 @@ def test_training_demo_from_end_to_end(extension, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_conversion_demo_from_end_to_end(extension, tmp_path):
+    """The report, the comparison in float64 and a row for each layout."""
+    arguments = ("--batch-size", "2", "--size", "33", "--rounds", "1", "--threads", "1")
+    done = run_script("convert_resnet18.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "20 batch norms: 9 batch_norm+relu, 8 batch_norm+add+relu, 3 batch_norm\n" in done.stdout
+    assert "in float64:" in done.stdout
+    assert re.search(r"^channels_last .*\d", done.stdout, re.MULTILINE)
+
+
 def test_overhead_from_end_to_end(extension, tmp_path):
     done = run_script("overhead.py", "--rounds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,136 @@
+"""A training step of ResNet-18, as it is and converted: ``make demo`` ends with it.
+
+The converted network is first held to the original in float64, then both are timed in turns. The script fails where
+they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import bnfused
+from benchmarks.report import describe_environment, make_console, milliseconds, print_environment, ratio_text
+from benchmarks.resnet18 import ResNet18
+from benchmarks.timing import CpuClock, Plan, band, interleave, make_clock, paired_ratios
+
+# Rounding differences of float64, 1e-16, as the network amplifies them: 1e-12 was seen.
+TOLERANCE = 1e-9
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The loss and its gradient for all parameters, as one vector."""
+    loss = F.cross_entropy(model(images), labels)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients)])
+
+
+def largest_difference(original: nn.Module, size: int) -> float:
+    """Relative difference of loss and gradients, converted from original, in float64; both stay as they are."""
+    original = copy.deepcopy(original).double()
+    images, labels = torch.randn(4, 3, size, size, dtype=torch.float64), torch.randint(0, 1000, (4,))
+    wanted = gradient(original, images, labels)
+    return ((gradient(bnfused.convert(original), images, labels) - wanted).norm() / wanted.norm()).item()
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Forward, backward and one step of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def time_steps(
+    original: nn.Module, layout: torch.memory_format, options: argparse.Namespace, clock: CpuClock
+) -> dict[Hashable, list[float | None]]:
+    """Seconds of a step of "torch" and "bnfused", taken in turns."""
+    images = torch.randn(options.batch_size, 3, options.size, options.size).to(memory_format=layout)
+    labels = torch.randint(0, 1000, (options.batch_size,))
+    models = {"torch": copy.deepcopy(original), "bnfused": bnfused.convert(original)}
+    steps = {name: training_step(model.to(memory_format=layout), images, labels) for name, model in models.items()}
+    samples: dict[Hashable, list[float | None]] = {}
+    interleave(steps, clock, Plan(options.rounds, options.seconds / len(LAYOUTS)), samples)
+    return samples
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="convert_resnet18.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=112, help="of the images (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="at most, for timing (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--no-environment", action="store_true", help="do not print the machine")
+    options = parser.parse_args(arguments)
+    for name, least in (("batch_size", 1), ("size", 33), ("rounds", 1), ("threads", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(options, name)}")
+    return options
+
+
+def report(times: dict[str, dict[Hashable, list[float | None]]], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("median of a training step")
+    for heading in ("torch ms", "bnfused ms", "torch/bnfused (25-75 %)", "pairs"):
+        table.add_column(heading, justify="right")
+    for layout, samples in times.items():
+        columns = [[1e3 * s for s in samples[name] if s is not None] for name in ("torch", "bnfused")]
+        ratios = paired_ratios(samples["torch"], samples["bnfused"])
+        table.add_row(layout, *(milliseconds(band(c)) for c in columns), ratio_text(band(ratios)), str(len(ratios)))
+    console.print(table)
+    if not all(paired_ratios(samples["torch"], samples["bnfused"]) for samples in times.values()):
+        console.print("Other processes had the cores in every step: run again on a quiet machine.", style="yellow")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    console = make_console()
+    if not options.no_environment:
+        print_environment(console, describe_environment())
+    torch.manual_seed(0)
+    original = ResNet18()
+    console.print("\n[bold]bnfused.convert(ResNet18())[/], and which op each of its batch norms runs as:")
+    console.print(str(bnfused.fusion_report(bnfused.convert(original))), markup=False)
+    difference = largest_difference(original, options.size)
+    console.print(f"\nLoss and gradients against the original, in float64: {difference:.1e} apart")
+    if not difference <= TOLERANCE:
+        console.print(f"FAILED: more than {TOLERANCE:g}", style="bold red")
+        return 1
+    console.print(
+        f"\nTraining steps on {options.batch_size} images of {options.size}x{options.size}, float32, "
+        f"{options.threads} thread(s), in turns ..."
+    )
+    usual_threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    clock = make_clock(torch.device("cpu"), options.threads)
+    times: dict[str, dict[Hashable, list[float | None]]] = {}
+    try:
+        for name, layout in LAYOUTS.items():
+            times[name] = time_steps(original, layout, options, clock)
+    except KeyboardInterrupt:
+        console.print("Interrupted: the numbers are of what was timed until then.")
+    finally:
+        torch.set_num_threads(usual_threads)
+    report(times, console)
+    return 0 if len(times) == len(LAYOUTS) else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
