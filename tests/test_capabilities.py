@@ -46,7 +46,8 @@ def test_kernels_of_lesser_instruction_sets(limit):
     assert chosen(limit) != bnfused.build_info()["cpu_capability"] or own.lower() == limit
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=short"]
-        + ["tests/test_functional.py", "tests/test_numerics.py", "-k", f"not reference and not emulated and ({SELECTION})"],
+        + ["tests/test_functional.py", "tests/test_numerics.py"]
+        + ["-k", f"not reference and not emulated and ({SELECTION})"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "ATEN_CPU_CAPABILITY": limit},
         capture_output=True,
