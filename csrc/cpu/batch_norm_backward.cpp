@@ -180,11 +180,10 @@ void backward_rows(const BackwardArgs& args) {
   const Leaves<T>& leaf = best_leaves<T>();
   const int kind = int(kind_of(args));
   const double per_row = 1 / double(p.rows());
-  const RowView view = row_view(p, args.mask != nullptr);
+  const RowView sum_view = row_view(p, kSumColumns, args.mask != nullptr);
+  const RowView view = row_view(p, kApplyColumns, args.mask != nullptr);
   const bool streaming = streams<T>(p, view.columns, {args.grad_x, args.grad_residual});
   const auto apply = leaf.grad_apply[int(Layout::kRows)][streaming][kind];
-  const int64_t tasks = row_tasks(p, view);
-  const auto first_row = [&](int64_t task) { return view.rows() * task / tasks; };
 
   ColumnCoefficients<A> coefficients(view, p.channels, kBackwardCoefficients);
   at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
@@ -202,13 +201,14 @@ void backward_rows(const BackwardArgs& args) {
   };
 
   if (needs_sums(args)) {
+    const RowTasks sum_tasks(p, sum_view);
     std::vector<ColumnSums<T>> sums;
-    sums.reserve(tasks);
-    for (int64_t task = 0; task < tasks; ++task) sums.emplace_back(view.columns);
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    sums.reserve(sum_tasks.count());
+    for (int64_t task = 0; task < sum_tasks.count(); ++task) sums.emplace_back(sum_view.columns);
+    at::parallel_for(0, sum_tasks.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        for_rows(view, first_row(task), first_row(task + 1), [&](Runs runs, int64_t at) {
-          sums[task].add(leaf, kind, runs, [&](int64_t row) { return args_at(at + row * view.columns); });
+        for_rows(sum_view, sum_tasks.begin(task), sum_tasks.end(task), [&](Runs runs, int64_t at) {
+          sums[task].add(leaf, kind, runs, [&](int64_t row) { return args_at(at + row * sum_view.columns); });
         });
       }
     });
@@ -216,7 +216,7 @@ void backward_rows(const BackwardArgs& args) {
       for (int64_t c = begin; c < end; ++c) {
         GradSums all;
         for (const auto& of_task : sums) {
-          for (int64_t column = c; column < view.columns; column += p.channels) {
+          for (int64_t column = c; column < sum_view.columns; column += p.channels) {
             all += {of_task[column].g, of_task[column].g_d};
           }
         }
@@ -228,9 +228,10 @@ void backward_rows(const BackwardArgs& args) {
     });
   }
   if (!args.grad_x && !args.grad_residual) return;
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  const RowTasks tasks(p, view);
+  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      for_rows_backwards(view, first_row(task), first_row(task + 1), 2 * sizeof(T), [&](Runs runs, int64_t at) {
+      for_rows_backwards(view, tasks.begin(task), tasks.end(task), 2 * sizeof(T), [&](Runs runs, int64_t at) {
         GradArgs<T> g = args_at(at);
         g.runs = runs;
         apply(g);

@@ -117,19 +117,19 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
-  const RowView view = row_view(p, args.mask != nullptr);
+  const RowView sum_view = row_view(p, kSumColumns, false);
+  const RowView view = row_view(p, kApplyColumns, args.mask != nullptr);
   const auto apply =
       leaf.apply[int(Layout::kRows)][streams<T>(p, view.columns, {args.y})][int(forward_kind(args.epilogue))];
   const T* x = static_cast<const T*>(args.x);
-  const int64_t tasks = row_tasks(p, view);
-  const auto first_row = [&](int64_t task) { return view.rows() * task / tasks; };
 
+  const RowTasks sum_tasks(p, sum_view);
   std::vector<ColumnMoments<T>> moments;
-  moments.reserve(tasks);
-  for (int64_t task = 0; task < tasks; ++task) moments.emplace_back(view.columns);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  moments.reserve(sum_tasks.count());
+  for (int64_t task = 0; task < sum_tasks.count(); ++task) moments.emplace_back(sum_view.columns);
+  at::parallel_for(0, sum_tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      for_rows(view, first_row(task), first_row(task + 1),
+      for_rows(sum_view, sum_tasks.begin(task), sum_tasks.end(task),
                [&](Runs runs, int64_t at) { moments[task].add(leaf, x + at, runs); });
     }
   });
@@ -139,15 +139,16 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
     for (int64_t c = begin; c < end; ++c) {
       Moments m;
       for (const auto& of_task : moments) {
-        for (int64_t column = c; column < view.columns; column += p.channels) m.merge(of_task[column]);
+        for (int64_t column = c; column < sum_view.columns; column += p.channels) m.merge(of_task[column]);
       }
       coefficients.set(c, finish.template channel<A>(c, m));
     }
   });
 
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  const RowTasks tasks(p, view);
+  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      for_rows_backwards(view, first_row(task), first_row(task + 1), sizeof(T), [&](Runs runs, int64_t at) {
+      for_rows_backwards(view, tasks.begin(task), tasks.end(task), sizeof(T), [&](Runs runs, int64_t at) {
         ApplyArgs<T> a = apply_args<T>(args);
         a.x += at;
         a.y += at;

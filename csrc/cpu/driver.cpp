@@ -69,13 +69,12 @@ int64_t store_ahead() {
 #endif
 }
 
-RowView row_view(const Problem& p, bool with_mask) {
-  constexpr int64_t kEnough = 64;        // columns: four vectors of AVX-512, so that a row is worth its loop
+RowView row_view(const Problem& p, int64_t at_least, bool with_mask) {
   constexpr int64_t kFewChannels = 256;  // below this the wider sums of several rows still fit L1
   int64_t together = 1;
   if (p.channels < kFewChannels) {
     together = kMaxLanes / std::gcd(p.channels, kMaxLanes);
-    while (together * p.channels < kEnough) together *= 2;
+    while (together * p.channels < at_least) together *= 2;
   } else if (with_mask) {
     together = 8 / std::gcd<int64_t>(p.channels, 8);  // every row of the mask starts on a byte
   }
