@@ -28,6 +28,7 @@ CPP_SOURCES = (
     "csrc/ops/cpu.cpp",
     "csrc/ops/module.cpp",
     "csrc/cpu/driver.cpp",
+    "csrc/cpu/batch_norm_stats.cpp",
     "csrc/cpu/batch_norm_train.cpp",
     "csrc/cpu/batch_norm_eval.cpp",
     "csrc/cpu/batch_norm_backward.cpp",

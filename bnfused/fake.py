@@ -165,9 +165,68 @@ def _backward(
     )
 
 
+def _stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=torch.float64)
+    return mean, torch.empty_like(mean)
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    activation_param: float,
+) -> tuple[Tensor, ...]:
+    check_devices("batch_norm_apply", x, weight=weight, bias=bias, mean=mean, var=var, residual=residual)
+    _, invstd, mask = _saved(x, residual, activation)
+    return torch.empty_like(x), invstd, mask
+
+
+def _backward_apply(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    mean_grad: Tensor,
+    mean_grad_xhat: Tensor,
+    activation: int,
+    activation_param: float,
+    output_mask: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    check_devices(
+        "batch_norm_backward_apply",
+        x,
+        grad_y=grad_y,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        mean=mean,
+        invstd=invstd,
+        mask=mask,
+        mean_grad=mean_grad,
+        mean_grad_xhat=mean_grad_xhat,
+    )
+    need_x, need_residual = output_mask
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(x) if need_residual else x.new_empty(0),
+    )
+
+
 def register(library: str = "bnfused") -> None:
     """Give torch the shapes; called once a library has defined the ops."""
     torch.library.register_fake(f"{library}::batch_norm_train", _train)
     torch.library.register_fake(f"{library}::batch_norm_frozen", _frozen)
     torch.library.register_fake(f"{library}::batch_norm_eval", _eval)
     torch.library.register_fake(f"{library}::batch_norm_backward", _backward)
+    torch.library.register_fake(f"{library}::batch_norm_stats", _stats)
+    torch.library.register_fake(f"{library}::batch_norm_apply", _apply)
+    torch.library.register_fake(f"{library}::batch_norm_backward_apply", _backward_apply)

@@ -52,6 +52,13 @@ struct Epilogue {
   double param;  // negative_slope of leaky_relu, alpha of elu
 };
 
+struct StatsArgs {
+  Problem problem;
+  const void* x;
+  double* mean;  // out, (channels)
+  double* m2;    // out, (channels): sum of squared deviations from the mean
+};
+
 struct TrainArgs {
   Problem problem;
   const void *x, *residual;  // residual: nullptr if there is none
@@ -86,6 +93,8 @@ struct BackwardArgs {
   PerChannel weight, bias;
   const double *mean, *invstd;
   bool training;  // the statistics came from x, so that gradients flow through them
+  // Means of g and of g * xhat over the whole batch, (channels), where x is only a part of it; or nullptr.
+  const double *mean_grad, *mean_grad_xhat;
   void *grad_x, *grad_residual;
   PerChannel grad_weight, grad_bias;
   Epilogue epilogue;

@@ -33,6 +33,16 @@ SCHEMAS = {
         "bnfused::batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
         "Tensor? residual, float eps, int activation, float activation_param) -> Tensor y"
     ),
+    "batch_norm_stats": "bnfused::batch_norm_stats(Tensor x) -> (Tensor mean, Tensor m2)",
+    "batch_norm_apply": (
+        "bnfused::batch_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, "
+        "float eps, int activation, float activation_param) -> (Tensor y, Tensor invstd, Tensor mask)"
+    ),
+    "batch_norm_backward_apply": (
+        "bnfused::batch_norm_backward_apply(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
+        "Tensor mean, Tensor invstd, Tensor? mask, Tensor mean_grad, Tensor mean_grad_xhat, int activation, "
+        "float activation_param, bool[2] output_mask) -> (Tensor grad_x, Tensor grad_residual)"
+    ),
     "batch_norm_backward": (
         "bnfused::batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
         "Tensor mean, Tensor invstd, Tensor? mask, int activation, float activation_param, bool training, "

@@ -23,7 +23,7 @@ Backward kind_of(const BackwardArgs& args) {
 }
 
 bool needs_sums(const BackwardArgs& args) {
-  return args.grad_weight || args.grad_bias || (args.training && args.grad_x);
+  return args.grad_weight || args.grad_bias || (args.training && args.grad_x && !args.mean_grad);
 }
 
 // Sums of g and of g * (x - mean as the leaves know it).
@@ -44,24 +44,36 @@ struct GradAffine {
 // Read by the leaves as an array, in the order of BackwardCoefficient.
 static_assert(sizeof(GradAffine<float>) == kBackwardCoefficients * sizeof(float));
 
+// What of the mean A cannot hold.
+template <class A>
+double rest_of_mean(const BackwardArgs& args, int64_t c, const GradAffine<A>& a) {
+  return args.mean[c] - double(a.forward.mean);
+}
+
+// grad_x from the means of g and of g * xhat.
+template <class A>
+void center(const BackwardArgs& args, int64_t c, double mean_grad, double mean_grad_xhat, GradAffine<A>* a) {
+  const double invstd = args.invstd[c];
+  const double scale = read(args.weight, c, 1) * invstd;
+  const double slope = -scale * invstd * mean_grad_xhat;
+  a->slope = static_cast<A>(slope);
+  a->offset = static_cast<A>(-scale * mean_grad - rest_of_mean(args, c, *a) * slope);
+}
+
 template <class A>
 GradAffine<A> recompute(const BackwardArgs& args, int64_t c) {
-  return {affine<A>(args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0))};
+  GradAffine<A> a{affine<A>(args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0))};
+  if (args.mean_grad) center(args, c, args.mean_grad[c], args.mean_grad_xhat[c], &a);
+  return a;
 }
 
 // Everything that follows from one channel's sums.
 template <class A>
 void finish(const BackwardArgs& args, double per_row, int64_t c, const GradSums& sums, GradAffine<A>* a) {
-  const double invstd = args.invstd[c];
-  const double rest = args.mean[c] - double(a->forward.mean);  // of the mean, which A could not hold
-  const double g_d = sums.g_d - rest * sums.g;
-  write(args.grad_weight, c, g_d * invstd);
+  const double g_xhat = (sums.g_d - rest_of_mean(args, c, *a) * sums.g) * args.invstd[c];
+  write(args.grad_weight, c, g_xhat);
   write(args.grad_bias, c, sums.g);
-  if (!args.training) return;
-  const double scale_per_row = read(args.weight, c, 1) * invstd * per_row;
-  const double slope = -scale_per_row * invstd * invstd * g_d;
-  a->slope = static_cast<A>(slope);
-  a->offset = static_cast<A>(-scale_per_row * sums.g - rest * slope);
+  if (args.training && !args.mean_grad) center(args, c, sums.g * per_row, g_xhat * per_row, a);
 }
 
 template <class T>
@@ -188,9 +200,10 @@ void backward_rows(const BackwardArgs& args) {
   ColumnCoefficients<A> coefficients(view, p.channels, kBackwardCoefficients);
   at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      coefficients.set(c, recompute<A>(args, c).forward);
-      coefficients.set(kSlope, c, A(0));
-      coefficients.set(kOffset, c, A(0));
+      const GradAffine<A> a = recompute<A>(args, c);
+      coefficients.set(c, a.forward);
+      coefficients.set(kSlope, c, a.slope);
+      coefficients.set(kOffset, c, a.offset);
     }
   });
   const auto args_at = [&](int64_t at) {

@@ -3,6 +3,7 @@
 //   static void batch_norm_train(const TrainArgs&, c10::Device);
 //   static void batch_norm_eval(const EvalArgs&, c10::Device);
 //   static void batch_norm_backward(const BackwardArgs&, c10::Device);
+//   static void batch_norm_stats(const StatsArgs&, c10::Device);  // where the ops in parts are registered
 //   static at::Tensor empty_like(const at::Tensor&);
 //
 // Everything is checked before anything is allocated or written: an error leaves the running statistics as they were.
@@ -232,12 +233,18 @@ template <class Backend>
 at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const OptionalTensor& weight_in,
                                    const OptionalTensor& bias_in, const at::Tensor& running_mean_in,
                                    const at::Tensor& running_var_in, const OptionalTensor& residual_in, double eps,
-                                   int64_t activation, double activation_param, Saved* saved) {
+                                   int64_t activation, double activation_param, Saved* saved,
+                                   bool exact_statistics = false) {
   const Checker check(op, x_in);
   check.per_channel(weight_in, "weight");
   check.per_channel(bias_in, "bias");
-  check.per_channel(running_mean_in, "running_mean");
-  check.per_channel(running_var_in, "running_var");
+  if (exact_statistics) {
+    check.saved_statistic(running_mean_in, "mean");
+    check.saved_statistic(running_var_in, "var");
+  } else {
+    check.per_channel(running_mean_in, "running_mean");
+    check.per_channel(running_var_in, "running_var");
+  }
   check.like_x(residual_in, "residual");
   const Epilogue epilogue = check.epilogue(activation, activation_param);
   TORCH_CHECK(eps >= 0, op, ": expected eps to be non-negative, got ", eps);
@@ -290,11 +297,42 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_frozen(
 }
 
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
-    const at::Tensor& grad_y_in, const at::Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
-    const OptionalTensor& residual_in, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
-    int64_t activation, double activation_param, bool training, std::array<bool, 4> output_mask) {
-  const char* op = "bnfused::batch_norm_backward";
+std::tuple<at::Tensor, at::Tensor> batch_norm_stats(const at::Tensor& x_in) {
+  const Checker check("bnfused::batch_norm_stats", x_in);
+  const at::Tensor x = dense(x_in);
+  const Problem p = problem_of(x);
+  const auto statistics = x.options().dtype(at::kDouble);
+  const at::Tensor mean = at::empty({p.channels}, statistics), m2 = at::empty({p.channels}, statistics);
+  Backend::batch_norm_stats({p, x.const_data_ptr(), mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>()},
+                            x.device());
+  return {mean, m2};
+}
+
+template <class Backend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& x, const OptionalTensor& weight,
+                                                                const OptionalTensor& bias, const at::Tensor& mean,
+                                                                const at::Tensor& var, const OptionalTensor& residual,
+                                                                double eps, int64_t activation,
+                                                                double activation_param) {
+  Saved saved;
+  at::Tensor y = batch_norm_with_running<Backend>("bnfused::batch_norm_apply", x, weight, bias, mean, var, residual,
+                                                  eps, activation, activation_param, &saved,
+                                                  /*exact_statistics=*/true);
+  return {y, saved.invstd, saved.mask};
+}
+
+// The means of g and of g * xhat over a batch of which x is a part.
+struct BatchMeans {
+  const at::Tensor &grad, &grad_xhat;
+};
+
+// Shared by the op that sums over x and the one that is given the means.
+template <class Backend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_with(
+    const char* op, const BatchMeans* means, const at::Tensor& grad_y_in, const at::Tensor& x_in,
+    const OptionalTensor& weight_in, const OptionalTensor& bias_in, const OptionalTensor& residual_in,
+    const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask, int64_t activation,
+    double activation_param, bool training, std::array<bool, 4> output_mask) {
   const Checker check(op, x_in);
   check.like_x(grad_y_in, "grad_y");
   check.per_channel(weight_in, "weight");
@@ -302,6 +340,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   check.like_x(residual_in, "residual");
   check.saved_statistic(mean, "mean");
   check.saved_statistic(invstd, "invstd");
+  if (means) {
+    check.saved_statistic(means->grad, "mean_grad");
+    check.saved_statistic(means->grad_xhat, "mean_grad_xhat");
+  }
   const Epilogue epilogue = check.epilogue(activation, activation_param);
   const auto [need_x, need_weight, need_bias, need_residual] = output_mask;
 
@@ -340,6 +382,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   args.mean = mean.const_data_ptr<double>();
   args.invstd = invstd.const_data_ptr<double>();
   args.training = training;
+  args.mean_grad = means ? means->grad.const_data_ptr<double>() : nullptr;
+  args.mean_grad_xhat = means ? means->grad_xhat.const_data_ptr<double>() : nullptr;
   args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
   if (need_weight) args.grad_weight = written(grad_weight);
@@ -347,6 +391,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   args.epilogue = epilogue;
   Backend::batch_norm_backward(args, x.device());
   return {grad_x, grad_weight, grad_bias, grad_residual};
+}
+
+template <class Backend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_y, const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
+    int64_t activation, double activation_param, bool training, std::array<bool, 4> output_mask) {
+  return batch_norm_backward_with<Backend>("bnfused::batch_norm_backward", nullptr, grad_y, x, weight, bias, residual,
+                                           mean, invstd, mask, activation, activation_param, training, output_mask);
+}
+
+template <class Backend>
+std::tuple<at::Tensor, at::Tensor> batch_norm_backward_apply(const at::Tensor& grad_y, const at::Tensor& x,
+                                                             const OptionalTensor& weight, const OptionalTensor& bias,
+                                                             const OptionalTensor& residual, const at::Tensor& mean,
+                                                             const at::Tensor& invstd, const OptionalTensor& mask,
+                                                             const at::Tensor& mean_grad,
+                                                             const at::Tensor& mean_grad_xhat, int64_t activation,
+                                                             double activation_param, std::array<bool, 2> output_mask) {
+  const BatchMeans means{mean_grad, mean_grad_xhat};
+  const auto [grad_x, grad_weight, grad_bias, grad_residual] = batch_norm_backward_with<Backend>(
+      "bnfused::batch_norm_backward_apply", &means, grad_y, x, weight, bias, residual, mean, invstd, mask, activation,
+      activation_param, /*training=*/true, {output_mask[0], false, false, output_mask[1]});
+  return {grad_x, grad_residual};
 }
 
 }  // namespace bnfused::ops

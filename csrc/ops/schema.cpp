@@ -25,6 +25,19 @@ void define(torch::Library& m) {
       "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "Tensor? residual, float eps, int activation, float activation_param) -> Tensor y",
       {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout});
+  // The three below are batch norm in parts, for a batch that is spread over processes.
+  m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor m2)", {at::Tag::pt2_compliant_tag});
+  // As batch_norm_frozen, with statistics in float64.
+  m.def(
+      "batch_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, float eps, "
+      "int activation, float activation_param) -> (Tensor y, Tensor invstd, Tensor mask)",
+      {at::Tag::pt2_compliant_tag});
+  // mean_grad and mean_grad_xhat are float64 (C,): the means of g and of g * xhat over the whole batch.
+  m.def(
+      "batch_norm_backward_apply(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
+      "Tensor invstd, Tensor? mask, Tensor mean_grad, Tensor mean_grad_xhat, int activation, float activation_param, "
+      "bool[2] output_mask) -> (Tensor grad_x, Tensor grad_residual)",
+      {at::Tag::pt2_compliant_tag});
   // A gradient that output_mask does not ask for comes back with no elements.
   m.def(
       "batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "

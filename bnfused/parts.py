@@ -1,0 +1,299 @@
+"""Batch norm in parts, for statistics that one call does not see whole: a batch that is spread over processes.
+
+Forward: ``batch_norm_stats`` on each part, ``batch_norm_gather_stats`` over all of them, ``batch_norm_apply``.
+Backward: ``batch_norm_backward_reduce``, a sum over the parts, ``batch_norm_backward_apply``. None is differentiable;
+``bnfused.SyncBatchNorm`` makes of them what is. Statistics are float64 throughout, and nothing is read on the host.
+Kernels on the CPU; plain torch, which is right but slow, elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfused import _extension, activations, ops, reference
+
+
+@torch.no_grad()
+def batch_norm_stats(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sum of squared deviations from it, and number of values of each channel.
+
+    Args:
+        input: ``(N, C, *)``, float16, bfloat16, float32 or float64, in any layout; N may be 0.
+
+    Returns:
+        ``mean`` and ``m2``, float64 ``(C,)``, zeros where there are no values; ``count``, float64 of one element, which
+        is exact up to 2**53.
+
+    Raises:
+        TypeError, RuntimeError: ``input`` is not a dense tensor of these dtypes.
+    """
+    reference.check_input(input)
+    rows = reference.rows_of(input)
+    if _has_kernel(input):
+        mean, m2 = _op("batch_norm_stats")(input)
+    else:
+        mean, var = reference.statistics(input.to(reference.arithmetic_dtype(input)))
+        m2 = var * rows
+    return mean, m2, mean.new_full((), rows)
+
+
+@torch.no_grad()
+def batch_norm_gather_stats(
+    mean: Tensor,
+    m2: Tensor,
+    count: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float | None = 0.1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of the whole batch from those of its parts; moves the running statistics, in place.
+
+    Bitwise the same wherever it is computed from the same values. A part without values has no weight. A batch of fewer
+    than two values per channel is counted and leaves the running statistics alone, its variance being undefined.
+
+    Args:
+        mean, m2: float64 ``(parts, C)``, as from ``batch_norm_stats``.
+        count: float64 ``(parts,)``.
+        running_mean, running_var: ``(C,)``, of any floating-point dtype, or None.
+        num_batches_tracked: int64 of one element, counts the batches in place, or None.
+        momentum: the weight of the new batch; None means ``1 / num_batches_tracked``, the cumulative average.
+
+    Returns:
+        ``mean`` and the biased ``var``, float64 ``(C,)``; the total count, float64 of one element.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit; before anything is written.
+
+    Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+    _check_gathered(mean, m2, count, running_mean, running_var)
+    total = count.sum()
+    share = (count / total.clamp(min=1)).unsqueeze(1)
+    # An empty part may hold anything, and 0 * NaN is NaN.
+    mean = torch.where(count.unsqueeze(1) > 0, mean, 0)
+    center = (share * mean).sum(0)
+    center = center + (share * (mean - center)).sum(0)  # what rounding left: equal means have their own mean
+    all_m2 = (m2 + count.unsqueeze(1) * (mean - center).square()).where(count.unsqueeze(1) > 0, 0).sum(0)
+
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    factor: float | Tensor = 0.0 if momentum is None else momentum
+    if momentum is None and num_batches_tracked is not None:
+        factor = num_batches_tracked.to(center.dtype).reciprocal()
+    for running, of_batch in ((running_mean, center), (running_var, all_m2 / (total - 1).clamp(min=1))):
+        if running is not None:
+            old = running.to(center.dtype)
+            running.copy_(torch.where(total > 1, (1 - factor) * old + factor * of_batch, old))
+    return center, all_m2 / total.clamp(min=1), total
+
+
+@torch.no_grad()
+def batch_norm_apply(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``act((input - mean) * invstd * weight + bias + residual)`` with ``invstd = 1 / sqrt(var + eps)``.
+
+    Args:
+        mean, var: float64 ``(C,)``, of the whole batch.
+        input, weight, bias, residual, activation, activation_param: as for ``bnfused.functional.batch_norm``.
+
+    Returns:
+        ``y``, as ``input``; ``invstd``, float64 ``(C,)``; ``mask``, what the backward of ReLU with a residual wants to
+        be given.
+
+    Raises:
+        RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
+    """
+    reference.check_input(input)
+    code, param = activations.resolve(activation, activation_param)
+    mean, var = mean.contiguous(), var.contiguous()
+    if _has_kernel(input):
+        return _op("batch_norm_apply")(input, weight, bias, mean, var, residual, eps, code, param)
+    reference.check_arguments(input, weight, bias, None, None, residual, None, True)
+    invstd = (var + eps).rsqrt()
+    values = input.to(mean.dtype)
+    y = reference.transform(values, mean, invstd, weight, bias, residual, code, param, input.dtype)
+    return y, invstd, input.new_empty(0, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def batch_norm_backward_reduce(
+    grad_y: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sums over this part that its gradients, and those of the other parts, are made of.
+
+    With ``g = grad_y * act'(z)`` and ``xhat = (input - mean) * invstd``. The sums are also this part's share of the
+    gradients of bias and weight.
+
+    Args:
+        grad_y: shape and dtype of ``input``.
+        mean, invstd: float64 ``(C,)``, of the whole batch.
+        mask: from ``batch_norm_apply``.
+        the others: as they were in the forward.
+
+    Returns:
+        ``sum g`` and ``sum g * xhat``, ``(C,)``, float32 (float64 beside float64).
+
+    Raises:
+        RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
+    """
+    _check_input_of_backward(input)
+    code, param = activations.resolve(activation, activation_param)
+    of_sums = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if _has_kernel(input):
+        # Sums have the dtype of the parameters that they are gradients of, and 16 bits are too few to be added on.
+        weight, bias = (None if t is None else t.to(of_sums) for t in (weight, bias))
+        _, sum_grad_xhat, sum_grad, _ = _op("batch_norm_backward")(
+            *(grad_y, input, weight, bias, residual, mean, invstd, mask, code, param),
+            False,
+            (False, True, True, False),
+        )
+        return sum_grad, sum_grad_xhat
+    g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, code, param)
+    xhat = (input.to(g.dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
+    dims = [0, *range(2, input.dim())]
+    return g.sum(dims).to(of_sums), (g * xhat).sum(dims).to(of_sums)
+
+
+@torch.no_grad()
+def batch_norm_backward_apply(
+    grad_y: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_grad: Tensor,
+    sum_grad_xhat: Tensor,
+    count: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
+    output_mask: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor, Tensor]:
+    """``grad_x = weight * invstd * (g - sum_grad / count - xhat * sum_grad_xhat / count)`` and ``grad_residual = g``.
+
+    Args:
+        sum_grad, sum_grad_xhat: ``(C,)``, the sums of ``batch_norm_backward_reduce`` over all parts.
+        count: float64 of one element, from ``batch_norm_gather_stats``.
+        output_mask: which of the two is wanted; one that is not has no elements.
+        the others: as for ``batch_norm_backward_reduce``.
+
+    Returns:
+        ``grad_x`` and ``grad_residual``, as ``input``.
+
+    Raises:
+        RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
+    """
+    _check_input_of_backward(input)
+    code, param = activations.resolve(activation, activation_param)
+    count = count.clamp(min=1)
+    mean_grad, mean_grad_xhat = sum_grad.to(mean.dtype) / count, sum_grad_xhat.to(mean.dtype) / count
+    if _has_kernel(input):
+        return _op("batch_norm_backward_apply")(
+            *(grad_y, input, weight, bias, residual, mean, invstd, mask, mean_grad, mean_grad_xhat, code, param),
+            output_mask,
+        )
+    g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, code, param)
+    xhat = (input.to(g.dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
+    grad_x = g - _per_channel(mean_grad, input) - xhat * _per_channel(mean_grad_xhat, input)
+    scale = invstd if weight is None else invstd * weight
+    grad_x = (grad_x * _per_channel(scale, input)).to(input.dtype)
+    absent = input.new_empty(0)
+    return grad_x if output_mask[0] else absent, g.to(input.dtype) if output_mask[1] else absent
+
+
+def _has_kernel(x: Tensor) -> bool:
+    if not _extension.is_available():
+        _extension.warn_once(f"bnfused runs its slow reference path: {_extension.why_unavailable()}")
+        return False
+    if not x.is_cpu:
+        _extension.warn_once(
+            f"bnfused has no kernels for batch norm in parts on {x.device.type} tensors in this build and runs it in "
+            "plain torch"
+        )
+    return x.is_cpu
+
+
+def _check_input_of_backward(x: Tensor) -> None:
+    if not torch.compiler.is_compiling():  # Dynamo lets no backward look at the layout; the forward did
+        reference.check_input(x)
+
+
+def _op(name: str) -> Any:
+    """The op; torch.compile wants the wrapper that ``bnfused.ops`` does without."""
+    return getattr(torch.ops.bnfused, name).default if torch.compiler.is_compiling() else getattr(ops, name)
+
+
+def _grad_before_activation(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    activation_param: float,
+) -> Tensor:
+    """``g``, the gradient of what the activation gets, in the dtype of ``mean``."""
+    if activation == 0:
+        return grad_y.to(mean.dtype)
+    values = x.to(mean.dtype)
+    added = torch.zeros_like(values) if residual is None else residual.to(mean.dtype)
+    with torch.enable_grad():
+        added = added.detach().requires_grad_()
+        y = reference.transform(values, mean, invstd, weight, bias, added, activation, activation_param, x.dtype)
+        (g,) = torch.autograd.grad(y, added, grad_y)
+    return g
+
+
+def _check_gathered(
+    mean: Tensor, m2: Tensor, count: Tensor, running_mean: Tensor | None, running_var: Tensor | None
+) -> None:
+    if mean.dim() != 2:
+        raise RuntimeError(f"batch_norm_gather_stats: expected mean of shape [parts, C], got {list(mean.shape)}")
+    parts, channels = mean.shape
+    wanted = {
+        "m2": (m2, (parts, channels)),
+        "count": (count, (parts,)),
+        "running_mean": (running_mean, (channels,)),
+        "running_var": (running_var, (channels,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise RuntimeError(
+                f"batch_norm_gather_stats: expected {name} of shape {list(shape)}, got {list(tensor.shape)}"
+            )
+    for name, tensor in (("mean", mean), ("m2", m2), ("count", count)):
+        if tensor.dtype not in (torch.float64, reference.arithmetic_dtype(mean)):
+            raise RuntimeError(f"batch_norm_gather_stats: expected {name} of torch.float64, got {tensor.dtype}")
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.dim() - 2))
