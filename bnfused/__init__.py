@@ -4,7 +4,7 @@
 without a module; ``bnfused.reference.batch_norm`` is the specification in plain torch.
 """
 
-from bnfused import autograd, diagnostics, functional, reference
+from bnfused import autograd, diagnostics, functional, parts, reference, sync
 from bnfused._extension import build_info, is_available, why_unavailable
 from bnfused.conversion import FusionEntry, FusionReport, convert, fusion_report, revert
 from bnfused.explanation import explain
@@ -16,6 +16,7 @@ from bnfused.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from bnfused.sync import SyncBatchNorm
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "autograd",
     "build_info",
     "convert",
@@ -36,7 +38,9 @@ __all__ = [
     "functional",
     "fusion_report",
     "is_available",
+    "parts",
     "reference",
     "revert",
+    "sync",
     "why_unavailable",
 ]

@@ -203,7 +203,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
         with torch.enable_grad():
             # Fresh views: what is differentiated here must not reach back into the graph that made these tensors.
             inputs: Any = [
-                None if t is None else _differentiable(t, create_graph) for t in (grad_y, x, weight, bias, residual)
+                None if t is None else differentiable(t, create_graph) for t in (grad_y, x, weight, bias, residual)
             ]
             grad_y, x, weight, bias, residual = inputs
             y = _formula(x, weight, bias, residual, mean, invstd, activation, activation_param, training, eps)
@@ -231,7 +231,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
         return (*results, *[None] * 8)
 
 
-def _differentiable(tensor: Tensor, create_graph: bool) -> Tensor:
+def differentiable(tensor: Tensor, create_graph: bool) -> Tensor:
     """A tensor to differentiate by: still part of the caller's graph only where that graph is asked for."""
     if create_graph and tensor.requires_grad:
         return tensor.view_as(tensor)

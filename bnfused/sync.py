@@ -1,0 +1,414 @@
+"""SyncBatchNorm: the statistics of a batch that is spread over the processes of a group.
+
+One collective each way: the forward gathers mean, sum of squared deviations and count, the backward adds up two sums.
+They run on any backend of torch.distributed, Gloo with CPU tensors among them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnfused import activations, parts, reference
+from bnfused.autograd import differentiable
+from bnfused.modules import _FusedForward
+
+# torch 2.13 renamed it, and warns of the old name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
+    num_batches_tracked: Tensor | None = None,
+    group: Any = None,
+) -> Tensor:
+    """Batch norm in training, with the statistics of all processes in ``group``; every one of them has to call it.
+
+    The batches may differ in every size but C, and may be empty. Statistics travel in float64: the count is exact, and
+    a mean that is large against the standard deviation keeps its digits. Running statistics end bitwise the same on
+    every rank. The gradients of weight and bias are this process's share, as DDP wants them; the gradient of ``input``
+    is that of the sum of all processes' losses. Gradients of every order are right, provided that every process takes
+    the same ones.
+
+    Args:
+        group: a ``ProcessGroup`` that this process is in; None means all processes.
+        the others: as for ``bnfused.functional.batch_norm``.
+
+    Returns:
+        ``y``, with the shape, dtype and (where it is dense) strides of ``input``.
+
+    Raises:
+        ValueError: one value per channel in all processes together, on every rank (where ``input`` is not on the CPU,
+            and under torch.compile, by ``torch._assert_async``, which waits for nothing); ``eps`` or an activation as
+            for ``bnfused.functional.batch_norm``.
+        RuntimeError: an argument that does not fit ``input``; or a collective that failed, with rank, op and shape.
+        Running statistics are as before where anything is raised.
+    """
+    reference.check_input(input)
+    activations.resolve(activation, activation_param)
+    if eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    _refuse_transforms()
+    reference.check_arguments(
+        input, weight, bias, running_mean, running_var, residual, num_batches_tracked, training=True
+    )
+    if momentum is None and num_batches_tracked is None:
+        momentum = 0.0  # nothing counts the batches, so torch leaves the statistics alone
+    group = dist.group.WORLD if group is None else group
+
+    channels = input.shape[1]
+    mean, m2, count = parts.batch_norm_stats(input.detach())
+    gathered = _gather(torch.cat([mean, m2, count.view(1)]), group)
+    counts = gathered[:, -1]
+    _refuse_single_value(counts, input)
+    mean, var, total = parts.batch_norm_gather_stats(
+        gathered[:, :channels],
+        gathered[:, channels:-1],
+        counts,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        momentum,
+    )
+    settings = (eps, activation, activation_param)
+    return SyncBatchNormFunction.apply(input, weight, bias, residual, mean, var, total, group, settings)
+
+
+class SyncBatchNorm(_FusedForward, _BatchNorm):
+    """``torch.nn.SyncBatchNorm`` on fused kernels, on the CPU too: (N, C, *).
+
+    The batches of the processes may differ in size and may be empty. Outside training, without a process group, or in a
+    group of one it is batch norm on this process alone. It is a batch norm to ``isinstance``, but no
+    ``torch.nn.SyncBatchNorm``: DistributedDataParallel refuses to train one of those on the CPU.
+
+    Args:
+        check_ranks: at its first synchronized call, and again where the group is another one, the module compares the
+            number of channels and what else has to agree between the ranks, and raises on all of them where it does
+            not. That costs a collective, and reading its result on the host.
+        the others: as for ``torch.nn.SyncBatchNorm``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        *args: Any,
+        check_ranks: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, *args, **kwargs)
+        self.process_group = process_group
+        self.check_ranks = check_ranks
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        activation_param: float | None = None,
+    ) -> Tensor:
+        """``act(bn(input) + residual)``; in training ``bnfused.sync.sync_batch_norm``, else as ``bnfused.BatchNorm*d``.
+
+        Args:
+            input: (N, C, *); N may be 0.
+            residual: added before the activation; shape and dtype of ``input``.
+            activation: one of ``bnfused.activations.ACTIVATIONS``, or None.
+            activation_param: ``negative_slope`` of leaky_relu, ``alpha`` of elu.
+        """
+        if isinstance(input, fx.Proxy):
+            return super().forward(input, residual, activation, activation_param)
+        self._check_input_dim(input)
+        group = self._group_to_sync() if self.training else None
+        if group is None:
+            return super().forward(input, residual, activation, activation_param)
+        if self.check_ranks and not torch.compiler.is_compiling():
+            _compare_ranks_once(self, input, group)
+        tracked = self.track_running_stats
+        return sync_batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            self.momentum,
+            self.eps,
+            residual=residual,
+            activation=activation,
+            activation_param=activation_param,
+            num_batches_tracked=self.num_batches_tracked if tracked else None,
+            group=group,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.shape[1] == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+
+    def _group_to_sync(self) -> Any:
+        """The process group, or None where there is nobody to talk to."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """The apply half of the forward, and all of the backward, differentiable to any order.
+
+    ``apply(x, weight, bias, residual, mean, var, count, group, (eps, activation, activation_param))``: the statistics
+    come as values, and the gradient that flows through them is part of that of ``x``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        group: Any,
+        settings: tuple[float, str | None, float | None],
+    ) -> Tensor:
+        eps, activation, activation_param = settings
+        y, invstd, mask = parts.batch_norm_apply(
+            *(x, mean, var, weight, bias, eps),
+            residual=residual,
+            activation=activation,
+            activation_param=activation_param,
+        )
+        if activation is None:
+            residual = None  # its gradient is grad_y itself
+        ctx.save_for_backward(x, weight, bias, residual, mean, invstd, count, mask)
+        ctx.group, ctx.settings = group, settings
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+        fused = ctx.settings[1] is not None
+        needed = (need_x, need_weight, need_bias, need_residual and fused)
+        args = (grad_y, *ctx.saved_tensors, ctx.group, ctx.settings, needed)
+        # torch.compile has one derivative to trace, and refuses the next one itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad_x, grad_weight, grad_bias, grad_residual = _SyncBackwardFunction.apply(*args)
+        else:
+            grad_x, grad_weight, grad_bias, grad_residual = _backward(*args)
+        if not fused:
+            grad_residual = grad_y
+        return (
+            grad_x if need_x else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            grad_residual if need_residual else None,
+            *[None] * 5,
+        )
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+    mask: Tensor,
+    group: Any,
+    settings: tuple[float, str | None, float | None],
+    needed: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The four gradients, of which those that are not needed are None; one collective if that of ``x`` is."""
+    _, activation, activation_param = settings
+    need_x, need_weight, need_bias, need_residual = needed
+    forward: Any = {
+        "weight": weight,
+        "bias": bias,
+        "residual": residual,
+        "mask": mask,
+        "activation": activation,
+        "activation_param": activation_param,
+    }
+    sum_grad, sum_grad_xhat = parts.batch_norm_backward_reduce(grad_y, x, mean, invstd, **forward)
+    grad_weight = sum_grad_xhat.to(weight.dtype) if need_weight and weight is not None else None
+    grad_bias = sum_grad.to(bias.dtype) if need_bias and bias is not None else None
+    if need_x:
+        sums = _all_reduce(torch.stack([sum_grad, sum_grad_xhat]), group)
+        sum_grad, sum_grad_xhat = sums[0], sums[1]
+    grad_x = grad_residual = None
+    if need_x or need_residual:
+        grad_x, grad_residual = parts.batch_norm_backward_apply(
+            *(grad_y, x, mean, invstd, sum_grad, sum_grad_xhat, count),
+            output_mask=(need_x, need_residual),
+            **forward,
+        )
+    return grad_x if need_x else None, grad_weight, grad_bias, grad_residual if need_residual else None
+
+
+class _SyncBackwardFunction(torch.autograd.Function):
+    """``_backward`` as a differentiable function of ``grad_y``, ``x``, ``weight``, ``bias`` and ``residual``."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        grad_y, x, weight, bias, residual, _, _, count, _, group, settings, needed = args
+        ctx.save_for_backward(grad_y, x, weight, bias, residual, count)
+        ctx.group, ctx.settings, ctx.needed = group, settings, needed
+        ctx.set_materialize_grads(False)
+        return _backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
+        saved: Any = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        eps, activation, activation_param = ctx.settings
+        code, param = activations.resolve(activation, activation_param)
+        with torch.enable_grad():
+            inputs: Any = [None if t is None else differentiable(t, create_graph) for t in saved[:5]]
+            grad_y, x, weight, bias, residual = inputs
+            values = x.to(reference.arithmetic_dtype(x))
+            mean, var = _statistics(values, saved[5], ctx.group)
+            y = reference.transform(values, mean, (var + eps).rsqrt(), weight, bias, residual, code, param, x.dtype)
+            pairs = [
+                (source, upstream)
+                for source, upstream in zip((x, weight, bias, residual), grad_grads, strict=True)
+                if source is not None and upstream is not None
+            ]
+            if not pairs:
+                return (None,) * 12
+            first = torch.autograd.grad(y, [source for source, _ in pairs], grad_y, create_graph=True)
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            second = iter(
+                torch.autograd.grad(
+                    first,
+                    wanted,
+                    [upstream for _, upstream in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            )
+        results = [next(second) if needed else None for needed in ctx.needs_input_grad[:5]]
+        return (*results, *[None] * 7)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks, on each of them. What the ranks' losses add up to has the same gradient: their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _all_reduce(values.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Sum.apply(grad, ctx.group), None
+
+
+def _statistics(values: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all ranks, differentiable to any order."""
+    dims = [0, *range(2, values.dim())]
+    count = count.clamp(min=1)
+    mean = _Sum.apply(values.sum(dims), group) / count
+    per_channel = mean.view(-1, *[1] * (values.dim() - 2))
+    return mean, _Sum.apply((values - per_channel).square().sum(dims), group) / count
+
+
+def _gather(values: Tensor, group: Any) -> Tensor:
+    """``values`` of every rank, ``(world, *)``."""
+    gathered = values.new_empty(dist.get_world_size(group) * values.numel())
+    _collective("all_gather", _all_gather, group, gathered, values)
+    return gathered.view(-1, values.numel())
+
+
+def _all_reduce(values: Tensor, group: Any) -> Tensor:
+    """The sum of ``values`` over all ranks, in place."""
+    _collective("all_reduce", dist.all_reduce, group, values)
+    return values
+
+
+def _collective(name: str, call: Any, group: Any, *tensors: Tensor) -> None:
+    if torch.compiler.is_compiling():  # becomes a node of the graph
+        call(*tensors, group=group)
+        return
+    try:
+        call(*tensors, group=group)
+    except RuntimeError as error:
+        values = tensors[-1]
+        raise RuntimeError(
+            f"SyncBatchNorm: {name} of {list(values.shape)} {values.dtype} failed on rank {dist.get_rank()}, in a "
+            f"group of {dist.get_world_size(group)}: {error}"
+        ) from error
+
+
+def _refuse_single_value(counts: Tensor, input: Tensor) -> None:
+    """Raise, on every rank, where all ranks together have one value per channel.
+
+    Whoever has two or more knows better without a look at the counts; so only the others look, and off the CPU they
+    leave it to the device, which the host does not wait for.
+    """
+    if reference.rows_of(input) > 1:
+        return
+    message = f"Expected more than 1 value per channel in all ranks together when training, got input {input.shape}"
+    if counts.is_cpu and not torch.compiler.is_compiling():
+        if counts.sum() == 1:
+            raise ValueError(message)
+    else:
+        torch._assert_async(counts.sum() != 1, message)
+
+
+def _refuse_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("SyncBatchNorm: expected no torch.func transform in training, got one")
+
+
+_compared: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # the name of the group
+
+
+def _compare_ranks_once(module: nn.Module, input: Tensor, group: Any) -> None:
+    """Compare what has to agree between ranks, the first time that ``module`` meets ``group``.
+
+    Copies of the module are compared anew: a mark of its own would travel with it to ranks where others have none.
+
+    Raises:
+        RuntimeError: on every rank, with the ranks and what each of them has.
+    """
+    if _compared.get(module) == group.group_name:
+        return
+    reference.check_input(input)
+    ours = [input.shape[1], reference.DTYPES.index(input.dtype), torch.is_grad_enabled() and input.requires_grad]
+    found = _gather(torch.tensor(ours, dtype=torch.int64, device=input.device), group).tolist()
+    ranks = dist.get_process_group_ranks(group)
+    # The value of each, by what was sent for it.
+    names: dict[str, Callable[[int], Any]] = {
+        "number of channels": int,
+        "dtype": reference.DTYPES.__getitem__,
+        "requires_grad": bool,
+    }
+    for i, (what, name) in enumerate(names.items()):
+        if any(of_rank[i] != found[0][i] for of_rank in found):
+            listed = ", ".join(f"{name(of_rank[i])} on rank {rank}" for rank, of_rank in zip(ranks, found, strict=True))
+            raise RuntimeError(f"SyncBatchNorm: expected the same {what} of input on every rank, got {listed}")
+    _compared[module] = group.group_name

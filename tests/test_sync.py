@@ -1,0 +1,374 @@
+"""SyncBatchNorm on real processes, against one process that has the whole batch, in float64."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bnfused
+import cases
+import checks
+import oracle
+import ranks
+from cases import Problem
+from ranks import Failure, Ranks
+
+WORLD = 4
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+
+@pytest.fixture(scope="module")
+def four():
+    """Four processes, for worlds of up to four."""
+    processes = Ranks(WORLD)
+    yield processes
+    processes.close()
+
+
+def module_of(p: Problem, group) -> bnfused.SyncBatchNorm:
+    """A module with the parameters and the state of ``p``."""
+    affine = p.weight is not None
+    bn = bnfused.SyncBatchNorm(
+        *(p.x.shape[1], p.eps, p.momentum, affine, p.running_mean is not None, group),
+        dtype=cases.parameter_dtype(p.x.dtype),
+        **({"bias": p.bias is not None} if affine and p.bias is None else {}),
+    )
+    state = {n: getattr(p, n) for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    bn.load_state_dict({n: t for n, t in state.items() if t is not None and getattr(bn, n) is not None})
+    return bn
+
+
+def step(p: Problem, size: int) -> dict[str, Tensor | None]:
+    """On a rank: forward and backward of this rank's part; what ``oracle.expected`` names, and the counter."""
+    bn = module_of(p, ranks.group_of(size))
+    x = p.x.detach().requires_grad_()
+    residual = None if p.residual is None else p.residual.detach().requires_grad_()
+    y = bn(x, residual, p.activation, p.activation_param)
+    y.backward(p.grad_y)
+    return {
+        "y": y.detach(),
+        "grad_x": x.grad,
+        "grad_residual": None if residual is None else residual.grad,
+        "grad_weight": None if bn.weight is None else bn.weight.grad,
+        "grad_bias": None if bn.bias is None else bn.bias.grad,
+        "running_mean": bn.running_mean,
+        "running_var": bn.running_var,
+        "num_batches_tracked": bn.num_batches_tracked,
+    }
+
+
+def split(p: Problem, sizes: list[int], layout: str) -> list[Problem]:
+    """The parts of ``p`` that the ranks get, each in ``layout``."""
+
+    def parts(t: Tensor | None) -> list:
+        if t is None:
+            return [None] * len(sizes)
+        return [cases.LAYOUTS[layout](part) if len(part) else part for part in t.split(sizes)]
+
+    names = ("x", "grad_y", "residual")
+    return [
+        p.but(**dict(zip(names, of_rank, strict=True)))
+        for of_rank in zip(*(parts(getattr(p, n)) for n in names), strict=True)
+    ]
+
+
+def check_split(four: Ranks, p: Problem, sizes: list[int], layout: str = "contiguous") -> None:
+    """All that the ranks return for their parts of ``p`` is what one process returns for ``p``."""
+    parts = split(p, sizes, layout)
+    results = four.run(step, [(part, len(sizes)) for part in parts])
+    truth = oracle.expected(p)
+    for name, expected in truth.values.items():
+        found = [r[name] for r in results]
+        context = f"sizes {sizes}, {layout}, {p}"
+        if expected is None:
+            assert found == [None] * len(sizes), f"{name} {context}"
+            continue
+        of = p.x if name == "y" else getattr(p, name.removeprefix("grad_"))
+        assert all(t.dtype == of.dtype for t in found), name
+        if name in ("grad_weight", "grad_bias"):  # each rank's share
+            actual = torch.stack(found).double().sum(0)
+        elif name in ("running_mean", "running_var"):
+            assert all(checks.same_bits(t, found[0]) for t in found), f"{name} differs between ranks, {context}"
+            actual = found[0]
+        else:
+            actual = torch.cat(found)
+            for t, part in zip(found, parts, strict=True):
+                if t.numel() and name in ("y", "grad_x"):
+                    wanted = cases.strides_that_matter(part.x, cases.dense_strides(part.x))
+                    assert cases.strides_that_matter(t, t.stride()) == wanted, f"strides of {name}, {context}"
+        measure = expected.abs() if name == "running_var" else truth.scales[name]
+        checks.assert_within(name, actual, expected, cases.limit(expected, measure, of.dtype), context)
+    if p.running_mean is not None:
+        assert [int(r["num_batches_tracked"]) for r in results] == [truth.num_batches_tracked] * len(sizes)
+
+
+SPLITS = ([3, 5], [0, 6], [1, 1], [2, 0, 5], [4, 1, 1, 2], [0, 0, 0, 7], [8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "holes_in_last"])
+def test_is_one_process_with_the_whole_batch(four, layout, dtype):
+    """Output, every gradient and the running statistics, for uneven splits and ranks without a batch."""
+    for sizes in SPLITS:
+        spatial = random.choice(((5, 6), (3,), (2, 3, 4), (1, 1)))
+        p = cases.make((sum(sizes), random.choice((1, 3, 16, 33)), *spatial), dtype=dtype, residual=True)
+        check_split(four, p, sizes, layout)
+
+
+@pytest.mark.parametrize("activation", [None, *cases.ACTIVATIONS])
+def test_activation_and_residual(four, activation):
+    """Fused as everywhere, on two and on three ranks."""
+    for sizes, residual in (([2, 4], True), ([3, 0, 2], False)):
+        p = cases.make((sum(sizes), 6, 5, 3), residual=residual, activation=activation)
+        check_split(four, p, sizes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": None}, {"weight": False, "bias": False}, {"running": False, "counter": None}, {"bias": False}],
+    ids=str,
+)
+def test_options(four, options):
+    """The cumulative average, no parameters, no running statistics."""
+    check_split(four, cases.make((7, 4, 3), **options), [2, 5])
+
+
+@pytest.mark.parametrize("regime", ["mean_1e4_std_0.01", "outlier_first", "constant", "drift"])
+def test_merges_what_cancels(four, regime):
+    """Means far from 0 and from each other: a mean or a variance that travels in float32, or as invstd, is far off."""
+    check_split(four, cases.make((12, 5, 7, 3), regime=regime, zero_stats=True), [3, 0, 8, 1])
+
+
+def many_steps(size: int, steps: int, seed: int) -> list[Tensor]:
+    """On a rank: running statistics after steps of random sizes, empty ones among them."""
+    generator = torch.Generator().manual_seed(seed)
+    bn = bnfused.SyncBatchNorm(3, process_group=ranks.group_of(size))
+    with torch.no_grad():
+        for _ in range(steps):
+            rows = int(torch.randint(0, 4, (1,), generator=generator))
+            bn(torch.randn(rows, 3, 2, generator=generator) + seed)
+    return [bn.running_mean, bn.running_var, bn.num_batches_tracked]
+
+
+def test_ranks_stay_bitwise_equal(four, seed):
+    """A thousand steps of uneven batches drift nowhere."""
+    results = four.run(many_steps, [(2, 1000, seed + rank) for rank in range(2)])
+    assert int(results[0][2]) == 1000
+    for first, second in zip(*results, strict=True):
+        assert checks.same_bits(first, second)
+
+
+def penalty_grads(p: Problem, size: int, order: int) -> list[Tensor]:
+    """On a rank: gradients of a penalty on the gradient, of the second or third order."""
+    bn = module_of(p, ranks.group_of(size))
+    return _penalty(p, bn.weight, bn.bias, lambda x, r: bn(x, r, p.activation), order)
+
+
+def _penalty(p: Problem, weight: Tensor, bias: Tensor, function, order: int) -> list[Tensor]:
+    x, residual = p.x.detach().requires_grad_(), p.residual.detach().requires_grad_()
+    loss = (function(x, residual) * p.grad_y).sum()
+    for _ in range(order - 1):
+        grads = torch.autograd.grad(loss, [x, weight], create_graph=True)
+        loss = (grads[0].pow(3) * p.grad_y).sum() + (grads[1].sum() if order == 2 else 0)
+    return list(torch.autograd.grad(loss, [x, weight, bias, residual]))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_derivatives_of_higher_order(four, order):
+    """Through the collectives, an empty rank included; torch's SyncBatchNorm has none."""
+    p = cases.make((6, 3, 4), dtype=torch.float64, residual=True, activation="silu")
+    found = four.run(penalty_grads, [(part, 3, order) for part in split(p, [2, 0, 4], "contiguous")])
+    weight, bias = p.weight.clone().requires_grad_(), p.bias.clone().requires_grad_()
+
+    def formula(x, r):
+        return oracle.formula(x, None, None, weight, bias, True, p.eps, r, p.activation)
+
+    wanted = _penalty(p, weight, bias, formula, order)
+    joined = [torch.cat, lambda parts: sum(parts), lambda parts: sum(parts), torch.cat]
+    for name, join, expected, parts in zip(checks.LEAVES, joined, wanted, zip(*found, strict=True), strict=True):
+        # As many roundings as the first order has, in terms that cancel by a few digits more with each one.
+        limits = torch.full_like(expected, 1e-9 * oracle.finite_max(expected))
+        checks.assert_within(name, join(list(parts)), expected, limits)
+
+
+# ---------------------------------------------------------------------------------------------- faults
+
+
+def call(x: Tensor, size: int, channels: int, **options) -> list[Tensor]:
+    """On a rank: one training step; the running statistics, which the error comes without."""
+    bn = bnfused.SyncBatchNorm(channels, process_group=ranks.group_of(size), **options)
+    bn(x).sum().backward()
+    return [bn.running_mean, bn.running_var]
+
+
+def test_one_value_per_channel_is_refused_on_every_rank(four):
+    """Nobody waits for one that raised: the ranks can be used afterwards."""
+    values = [torch.randn(1 if rank == 1 else 0, 3, requires_grad=True) for rank in range(3)]
+    for outcome in four.outcomes(call, [(x, 3, 3) for x in values]):
+        assert isinstance(outcome, Failure)
+        assert (outcome.type, outcome.message[:36]) == ("ValueError", "Expected more than 1 value per chann")
+    four.run(call, [(torch.randn(1, 3, requires_grad=True), 3, 3)] * 3)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ((torch.randn(2, 6, requires_grad=True), 6), "same number of channels of input on every rank, got 4 on rank 0"),
+        ((torch.randn(2, 4, dtype=torch.float16, requires_grad=True), 4), "got torch.float32 on rank 0, torch.float16"),
+        ((torch.randn(2, 4), 4), "same requires_grad of input on every rank, got True on rank 0, False on rank 1"),
+    ],
+    ids=["channels", "dtype", "requires_grad"],
+)
+def test_what_differs_between_ranks_is_named_on_all(four, other, message):
+    """Before statistics of different lengths would be gathered into one buffer."""
+    first = (torch.randn(2, 4, requires_grad=True), 2, 4)
+    for outcome in four.outcomes(call, [first, (other[0], 2, other[1])]):
+        assert isinstance(outcome, Failure)
+        assert outcome.type == "RuntimeError"
+        assert message in outcome.message
+
+
+def step_then(bn_steps: int, dies: bool) -> tuple[list[Tensor], str]:
+    """On a rank: a step with everybody, then one from which ``dies`` is missing; state and error after it."""
+    bn = bnfused.SyncBatchNorm(3)
+    x = torch.arange(12.0).view(4, 3)
+    bn(x)
+    if dies:
+        os._exit(1)
+    before = [t.clone() for t in bn.buffers()]
+    try:
+        bn(x)
+    except RuntimeError as error:
+        assert all(torch.equal(a, b) for a, b in zip(before, bn.buffers(), strict=True)), "statistics changed"
+        return before, str(error)
+    return before, "no error"
+
+
+def test_a_rank_that_dies_fails_the_others():
+    """An error that says what failed where, and running statistics as they were."""
+    two = Ranks(2)
+    try:
+        survivor, dead = two.outcomes(step_then, [(1, False), (1, True)])
+    finally:
+        two.close()
+    assert isinstance(dead, Failure)
+    assert not isinstance(survivor, Failure), survivor
+    assert "SyncBatchNorm: all_gather of [7] torch.float64 failed on rank 0, in a group of 2" in survivor[1]
+
+
+# ----------------------------------------------------------------------------------- around the module
+
+
+def network(kind: str, size: int) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    norm = {
+        "sync": lambda: bnfused.SyncBatchNorm(4, process_group=ranks.group_of(size)),
+        "whole": lambda: torch.nn.BatchNorm2d(4),
+    }[kind]
+    layers = [torch.nn.Conv2d(2, 4, 3), norm(), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3), norm()]
+    return torch.nn.Sequential(*layers).double()
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def ddp_grads(x: Tensor, size: int, how: str) -> list[Tensor]:
+    """On a rank: parameter gradients, times the number of ranks, after one or two batches."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    net = network("sync", size)
+    options = {"find_unused_parameters": {"find_unused_parameters": True}, "static_graph": {"static_graph": True}}
+    wrapped: torch.nn.Module = Checkpointed(net) if how == "checkpoint" else net
+    ddp = DistributedDataParallel(wrapped, process_group=ranks.group_of(size), **options.get(how, {}))
+    if how == "no_sync":
+        with ddp.no_sync():
+            ddp(x).pow(3).sum().backward()
+    ddp(x).pow(3).sum().backward()
+    return [p.grad * size for p in net.parameters()]
+
+
+@pytest.mark.parametrize("how", ["plain", "find_unused_parameters", "static_graph", "checkpoint", "no_sync"])
+def test_ddp(four, how):
+    """DDP's averaged gradients, times the ranks, are those of the sum of losses in one process."""
+    x = torch.randn(5, 2, 8, 8, dtype=torch.float64)
+    found = four.run(ddp_grads, [(part, 2, how) for part in x.split([2, 3])])
+    net = network("whole", 1)
+    for _ in range(2 if how == "no_sync" else 1):
+        net(x).pow(3).sum().backward()
+    for of_rank in found:
+        for actual, parameter in zip(of_rank, net.parameters(), strict=True):
+            # A convolution's bias before batch norm has no gradient but rounding, of terms the size of the others.
+            limits = torch.full_like(parameter, 1e-10 * max(oracle.finite_max(p.grad) for p in net.parameters()))
+            checks.assert_within("grad", actual, parameter.grad, limits, how)
+
+
+def compiled_and_eager(p: Problem, size: int) -> tuple[dict, dict]:
+    """On a rank: the same step by fullgraph torch.compile and eagerly."""
+    results = []
+    for compiled in (True, False):
+        bn = module_of(p, ranks.group_of(size))
+        x = p.x.detach().requires_grad_()
+        function = lambda x, r, bn=bn: bn(x, r, p.activation)  # noqa: E731
+        if compiled:
+            function = torch.compile(function, fullgraph=True, backend="aot_eager")
+        y = function(x, p.residual)
+        y.backward(p.grad_y)
+        state = {"y": y.detach(), "x": x.grad, "weight": bn.weight.grad, "bias": bn.bias.grad}
+        results.append(state | {name: t.clone() for name, t in bn.named_buffers()})
+    return results[0], results[1]
+
+
+def test_compiles_to_one_graph(four):
+    """Collectives as nodes of the graph, and the same bits."""
+    p = cases.make((5, 4, 6), residual=True, activation="relu", momentum=None)
+    for compiled, eager in four.run(compiled_and_eager, [(q, 2) for q in split(p, [2, 3], "contiguous")]):
+        for name, value in eager.items():
+            assert torch.equal(compiled[name], value), name
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the ops that hand a value of a tensor to the host, and the collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.collectives = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        if func.namespace == "c10d":
+            self.collectives.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def watched(p: Problem, size: int) -> tuple[int, list[str]]:
+    """On a rank: host reads and collectives of a step, but for the comparison of ranks in the first one."""
+    bn = module_of(p, ranks.group_of(size))
+    bn(p.x)
+    with HostReads() as mode:
+        bn(p.x.detach().requires_grad_(), p.residual, p.activation).backward(p.grad_y)
+    return mode.reads, mode.collectives
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_one_collective_each_way_and_nothing_read_on_the_host(four, momentum):
+    """So that a GPU is never waited for, and a step can be captured; empty batches are no exception of many rows."""
+    p = cases.make((6, 4, 5), residual=True, activation="relu", momentum=momentum)
+    for reads, collectives in four.run(watched, [(q, 2) for q in split(p, [2, 4], "contiguous")]):
+        assert reads == 0
+        assert len(collectives) == 2, collectives
+        assert "gather" in collectives[0]
+        assert "reduce" in collectives[1]
