@@ -30,10 +30,11 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help build demo test sanitize lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
+.PHONY: help build demo demo-sync test sanitize lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
 
 help:
 	@echo 'make demo    train a small network with bnfused and with torch, convert a ResNet-18, and compare'
+	@echo 'make demo-sync   train it on two processes with SyncBatchNorm, and in one, and compare'
 	@echo 'make test    run the tests'
 	@echo 'make sanitize  run the CUDA kernels under AddressSanitizer, on the CPU'
 	@echo 'make lint    ruff, mypy and clang-format'
@@ -53,6 +54,10 @@ build: $(VENV)/.extension
 demo: $(VENV)/.extension
 	@$(PY) benchmarks/train_digits.py $(ARGS)
 	@$(PY) benchmarks/convert_resnet18.py --no-environment
+
+demo-sync: $(VENV)/.extension
+	@OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
+	  benchmarks/train_digits_sync.py $(ARGS)
 
 # Only the pinned plugin: $(VENV) sees the system's packages, and so whatever pytest plugins are there.
 test: $(VENV)/.extension $(VENV)/.networks
