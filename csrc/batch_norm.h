@@ -52,7 +52,7 @@ struct Epilogue {
   double param;  // negative_slope of leaky_relu, alpha of elu
 };
 
-struct StatsArgs {
+struct MomentsArgs {
   Problem problem;
   const void* x;
   double* mean;  // out, (channels)

@@ -6,7 +6,7 @@ namespace bnfused::cpu {
 namespace {
 
 template <class T>
-void stats_planes(const StatsArgs& args) {
+void stats_planes(const MomentsArgs& args) {
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
   const T* x = static_cast<const T*>(args.x);
@@ -28,7 +28,7 @@ void stats_planes(const StatsArgs& args) {
 }
 
 template <class T>
-void stats_rows(const StatsArgs& args) {
+void stats_rows(const MomentsArgs& args) {
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
   const RowView view = row_view(p, /*with_mask=*/false);
@@ -59,7 +59,7 @@ void stats_rows(const StatsArgs& args) {
 
 }  // namespace
 
-void batch_norm_stats(const StatsArgs& args) {
+void batch_norm_stats(const MomentsArgs& args) {
   const Problem& p = args.problem;
   if (p.numel() == 0) {
     std::fill_n(args.mean, p.channels, 0.0);

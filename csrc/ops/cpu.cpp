@@ -19,7 +19,7 @@ namespace {
 constexpr size_t kHugePagesFromBytes = 8 * 1024 * 1024;
 
 struct Cpu {
-  static void batch_norm_stats(const bnfused::StatsArgs& args, c10::Device) { bnfused::cpu::batch_norm_stats(args); }
+  static void batch_norm_stats(const bnfused::MomentsArgs& args, c10::Device) { bnfused::cpu::batch_norm_stats(args); }
   static void batch_norm_train(const bnfused::TrainArgs& args, c10::Device) { bnfused::cpu::batch_norm_train(args); }
   static void batch_norm_eval(const bnfused::EvalArgs& args, c10::Device) { bnfused::cpu::batch_norm_eval(args); }
   static void batch_norm_backward(const bnfused::BackwardArgs& args, c10::Device) {

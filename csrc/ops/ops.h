@@ -3,7 +3,7 @@
 //   static void batch_norm_train(const TrainArgs&, c10::Device);
 //   static void batch_norm_eval(const EvalArgs&, c10::Device);
 //   static void batch_norm_backward(const BackwardArgs&, c10::Device);
-//   static void batch_norm_stats(const StatsArgs&, c10::Device);  // where the ops in parts are registered
+//   static void batch_norm_stats(const MomentsArgs&, c10::Device);  // where the ops in parts are registered
 //   static at::Tensor empty_like(const at::Tensor&);
 //
 // Everything is checked before anything is allocated or written: an error leaves the running statistics as they were.
