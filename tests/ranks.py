@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import tempfile
 import traceback
@@ -100,3 +101,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
             except Exception as error:
                 result = Failure(error)
             pipe.send_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+    # Threads of Gloo and of DDP may still hold Python objects. One that asks for the interpreter while it shuts down is
+    # ended in the middle of C++, which calls std::terminate ("terminate called without an active exception").
+    os._exit(0)

@@ -91,6 +91,7 @@ BackwardRequest request_of(const BackwardArgs& args) {
 }
 
 cudaError_t batch_norm_backward(const BackwardArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+  if (args.mean_grad != nullptr) return cudaErrorNotSupported;  // the kernels know the means of x alone
   if (plan.strategy == Strategy::kEmpty) return launch_empty(args, nullptr, stream);
   return with_dtype(args.problem.dtype, [&](auto t) {
     using T = decltype(t);
