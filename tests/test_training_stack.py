@@ -533,7 +533,7 @@ def main(rank, path, how):
     dist.barrier()
     dist.destroy_process_group()
     # Threads of Gloo and of DDP may still hold Python objects. One that asks for the interpreter while it shuts down is
-    # ended in the middle of C++, which calls std::terminate ("terminate called without an active exception"): seen once.
+    # ended in the middle of C++, which calls std::terminate ("terminate called without an active exception").
     os._exit(0)
 
 if __name__ == "__main__":
