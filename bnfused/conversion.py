@@ -24,6 +24,7 @@ from bnfused.fusion import (
     Execution,
     Forward,
     NormActForward,
+    NormalizingForward,
     SequenceForward,
     Then,
     batch_norm_at_end,
@@ -31,8 +32,10 @@ from bnfused.fusion import (
     is_bare,
     is_batch_norm,
     is_sequence,
+    is_synchronized,
     run,
 )
+from bnfused.sync import SyncBatchNorm
 
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
@@ -41,38 +44,53 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
     nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
 }
 _BACK = {ours: theirs for theirs, ours in _SWAPS.items()}
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def convert(model: Model, *, fuse: bool = True, inplace: bool = False) -> Model:
+def convert(
+    model: Model, *, fuse: bool = True, inplace: bool = False, sync: bool = False, process_group: Any = None
+) -> Model:
     """The network with bnfused's batch norm in place of torch's; its results stay what they are, up to rounding.
 
     Parameters, buffers, hooks, names, ``state_dict`` and the classes of all other modules are kept. A subclass of
     torch's batch norm keeps its class; one with a forward of its own is left alone, except timm's ``BatchNormAct2d``,
-    which becomes one fused op. ``torch.nn.SyncBatchNorm`` is left alone. What was left alone, ``fusion_report`` tells.
+    which becomes one fused op. What was left alone, ``fusion_report`` tells.
 
     Args:
         model: any module; converting a converted one is harmless, and finds what was changed since.
         fuse: also run batch norm and the activation, the add, or both that follow it as one op, inside
             ``nn.Sequential`` and inside blocks whose forward is proven to do the same in every call.
-        inplace: convert ``model`` itself instead of a deep copy.
+        inplace: convert ``model`` itself instead of a deep copy. Process groups are not copied.
+        sync: make every batch norm a ``bnfused.SyncBatchNorm``, or have it compute as one. Without it,
+            ``torch.nn.SyncBatchNorm`` becomes one all the same, and the others keep to their process.
+        process_group: whose statistics, with ``sync``; None means all processes, and for a batch norm that was
+            synchronized before, the group that it has.
 
     Returns:
         The converted model.
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: ``process_group`` without ``sync``; or ``sync`` with a lazy batch norm that has seen no batch yet.
+            The model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
+    if process_group is not None and not sync:
+        raise ValueError("convert: expected sync=True beside process_group, got sync=False")
+    if sync:
+        _refuse_lazy(model)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copied(model)
     # Children before the modules that call them: whether a block ends in a batch norm depends on its children.
     for module in reversed(list(model.modules())):
         _swap(module)
+        if sync:
+            _synchronize(module, process_group)
         if fuse:
             _fuse(module)
     return model
@@ -82,7 +100,7 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     """The network as it was before ``convert``: torch's batch norms, and every class's own forward.
 
     Every batch norm of bnfused becomes torch's, also one that was not made by ``convert``: a forward that asks it for
-    an activation has to be changed by hand.
+    an activation has to be changed by hand. ``torch.nn.SyncBatchNorm`` keeps a process group that ``convert`` gave it.
 
     Args:
         model: any module.
@@ -94,13 +112,36 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: expected a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copied(model)
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), Forward):
             del module.__dict__["forward"]
+        if isinstance(module, SyncBatchNorm):
+            _desynchronize(module)
         if type(module) in _BACK:
             module.__class__ = _BACK[type(module)]
     return model
+
+
+def _copied(model: Model) -> Model:
+    """A deep copy that shares the process groups, which cannot be copied."""
+    groups = []
+    for module in model.modules():
+        holder: Any = module.__dict__.get("forward")
+        if isinstance(module, (nn.SyncBatchNorm, SyncBatchNorm)):
+            holder = module
+        if holder is module or isinstance(holder, NormalizingForward):
+            groups.append(holder.process_group)
+    return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)):
+            raise ValueError(
+                f"convert: with sync, expected batch norms that know their channels, got {type(module).__name__} at "
+                f"{name or 'the top'}; run the model once first"
+            )
 
 
 def _swap(module: nn.Module) -> None:
@@ -111,6 +152,29 @@ def _swap(module: nn.Module) -> None:
             _give_forward(module, NormActForward(module))
         elif _inherits_forward(type(module)):
             _give_forward(module, BatchNormForward(module))
+
+
+def _synchronize(module: nn.Module, process_group: Any) -> None:
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, NormalizingForward):
+        forward.synchronized = True
+        if process_group is not None:
+            forward.process_group = process_group
+    elif type(module) is SyncBatchNorm:
+        if process_group is not None:
+            module.process_group = process_group
+    elif type(module) in _BACK:
+        module.__dict__.update(converted_from=_BACK[type(module)], process_group=process_group)
+        module.__class__ = SyncBatchNorm
+
+
+def _desynchronize(module: SyncBatchNorm) -> None:
+    """Its class is what it was, or torch's; what it had as a ``SyncBatchNorm`` is gone."""
+    module.__dict__.pop("check_ranks", None)
+    cls = module.__dict__.pop("converted_from", None)
+    if cls is not None:
+        del module.__dict__["process_group"]
+        module.__class__ = cls
 
 
 def _inherits_forward(cls: type[nn.Module]) -> bool:
@@ -165,8 +229,9 @@ def _called_from(module: nn.Module) -> Iterator[nn.Module]:
 class FusionEntry(NamedTuple):
     """One batch norm of a model.
 
-    ``op`` is what runs it: ``"batch_norm"``, with ``"+add"`` and ``"+relu"`` (or another activation) where that is in
-    the same op, or ``"torch"``. ``reason`` says why it is not more, and is empty where the op ends in an activation.
+    ``op`` is what runs it: ``"batch_norm"`` or ``"sync_batch_norm"``, with ``"+add"`` and ``"+relu"`` (or another
+    activation) where that is in the same op, or ``"torch"``. ``reason`` says why it is not more, and is empty where the
+    op ends in an activation.
     """
 
     name: str
@@ -216,7 +281,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
         if not isinstance(module, _BatchNorm):
             continue
         if _is_ours(module):
-            op, reason = preview.found.get(id(module), ("batch_norm", "no forward of its model calls it"))
+            op, reason = preview.found.get(id(module), (_own_op(module), "no forward of its model calls it"))
         else:
             op, reason = "torch", _why_left_alone(module)
         entries.append(FusionEntry(name or "(the model)", op, reason))
@@ -228,11 +293,13 @@ def _is_ours(module: nn.Module) -> bool:
     return isinstance(forward, Forward) or is_batch_norm(module)
 
 
+def _own_op(module: nn.Module) -> str:
+    return "sync_batch_norm" if is_synchronized(module) else "batch_norm"
+
+
 def _why_left_alone(module: nn.Module) -> str:
     if "forward" in module.__dict__:
         return "somebody gave the module a forward"
-    if isinstance(module, nn.SyncBatchNorm):
-        return "synchronized batch norm is not supported"
     if type(module) in _SWAPS or _inherits_forward(type(module)):
         return "not converted"
     return f"{type(module).__name__} has a forward of its own, or changes what torch's looks at"
@@ -247,7 +314,7 @@ class _Preview(Execution):
         self.found: dict[int, tuple[str, str]] = {}
 
     def fused(self, module: nn.Module, function: Callable[..., Any], x: Any, then: Then) -> Any:
-        op = "batch_norm" + ("+add" if then.residual is not None else "")
+        op = _own_op(module) + ("+add" if then.residual is not None else "")
         if then.activation is not None:
             self.note(module, f"{op}+{then.activation}", "")
         else:
@@ -259,7 +326,7 @@ class _Preview(Execution):
             if function is not in_the_way:
                 self.note_end(function, in_the_way)
             elif _is_ours(function):
-                self.note(function, "batch_norm", _in_words(function))
+                self.note(function, _own_op(function), _in_words(function))
         return x
 
     def finish(self, then: Then, y: Any) -> Any:

@@ -6,7 +6,6 @@ is no activation that ``batch_norm`` knows, they are called one after the other 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,10 +15,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from bnfused import modules
+from bnfused import modules, sync
 
-# Every batch norm of bnfused inherits this one function: a class that has it normalizes as bnfused does.
+# Every batch norm of bnfused inherits one of these: a class that has it normalizes as bnfused does.
 NORMALIZE = modules.BatchNorm2d.forward
+_FORWARDS = (NORMALIZE, sync.SyncBatchNorm.forward)
 
 # ---------------------------------------------------------------------------- what is known of a module at this moment
 
@@ -52,7 +52,15 @@ def is_bare(module: nn.Module) -> bool:
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether the module is bnfused's batch norm and no more."""
     forward = module.__dict__.get("forward")
-    return type(module).forward is NORMALIZE if forward is None else isinstance(forward, BatchNormForward)
+    return type(module).forward in _FORWARDS if forward is None else isinstance(forward, BatchNormForward)
+
+
+def is_synchronized(module: nn.Module) -> bool:
+    """Whether such a module, or timm's, has the statistics of all processes."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, NormalizingForward):
+        return forward.synchronized
+    return type(module).forward is sync.SyncBatchNorm.forward
 
 
 # Modules that return their input itself in eval or where they drop nothing: the attribute that says how much they drop.
@@ -128,7 +136,7 @@ def batch_norm_at_end(module: nn.Module) -> nn.Module | None:
         return None
     if is_sequence(module):
         return _batch_norm_at_end_of(sequence_of(module))
-    return module if type(module).forward is NORMALIZE else None
+    return module if type(module).forward in _FORWARDS else None
 
 
 def _batch_norm_at_end_of(sequence: Sequence[nn.Module]) -> nn.Module | None:
@@ -210,7 +218,7 @@ def run(module: nn.Module, x: Any, then: Then, on: Execution) -> Any:
         if isinstance(forward, Forward):
             return forward.run((x,), then, on)
         if forward is None:
-            if type(module).forward is NORMALIZE:
+            if type(module).forward in _FORWARDS:
                 return normalize(module, module, x, then, on)
             if is_sequence(module):
                 return _run_sequence(sequence_of(module), x, then, on)
@@ -300,11 +308,24 @@ class Forward:
         raise NotImplementedError
 
 
-class BatchNormForward(Forward):
+class NormalizingForward(Forward):
+    """Of a batch norm that keeps its class; ``synchronized``: as ``bnfused.SyncBatchNorm``, in ``process_group``."""
+
+    synchronized = False
+    process_group: Any = None
+
+    def normalize(self, *args: Any, **kwargs: Any) -> Any:
+        """The batch norm alone: what ``NORMALIZE`` takes but for the module."""
+        if self.synchronized:
+            return sync.synchronized_forward(self.module, *args, **kwargs, process_group=self.process_group)
+        return NORMALIZE(self.module, *args, **kwargs)
+
+
+class BatchNormForward(NormalizingForward):
     """Of a subclass of torch's batch norm that inherits torch's forward."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return NORMALIZE(self.module, *args, **kwargs)
+        return self.normalize(*args, **kwargs)
 
     def run(self, args: tuple[Any, ...], then: Then, on: Execution) -> Any:
         (x,) = args
@@ -314,7 +335,7 @@ class BatchNormForward(Forward):
         return self.module
 
 
-class NormActForward(Forward):
+class NormActForward(NormalizingForward):
     """Of timm's ``BatchNormAct2d``: batch norm, then the children ``drop`` and ``act``."""
 
     def _following(self) -> list[Any]:
@@ -327,7 +348,7 @@ class NormActForward(Forward):
         own, end = _what_follows(sequence, 0)
         if end == len(sequence):
             own, then = own.followed_by(then)
-        y = normalize(self.module, functools.partial(NORMALIZE, self.module), args[0], own, on)
+        y = normalize(self.module, self.normalize, args[0], own, on)
         for child in sequence[end:]:
             y = on.plain(child, y)
         return on.finish(then, y)

@@ -90,12 +90,49 @@ def sync_batch_norm(
     return SyncBatchNormFunction.apply(input, weight, bias, residual, mean, var, total, group, settings)
 
 
+def synchronized_forward(
+    module: Any,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
+    *,
+    process_group: Any = None,
+    check_ranks: bool = True,
+) -> Tensor:
+    """What ``SyncBatchNorm.forward`` does, for any batch norm of torch's classes."""
+    group = _group_to_sync(process_group) if module.training else None
+    if group is None or isinstance(input, fx.Proxy):
+        return _FusedForward.forward(module, input, residual, activation, activation_param)
+    module._check_input_dim(input)
+    if check_ranks and not torch.compiler.is_compiling():
+        _compare_ranks_once(module, input, group)
+    tracked = module.track_running_stats
+    return sync_batch_norm(
+        input,
+        module.running_mean if tracked else None,
+        module.running_var if tracked else None,
+        module.weight,
+        module.bias,
+        module.momentum,
+        module.eps,
+        residual=residual,
+        activation=activation,
+        activation_param=activation_param,
+        num_batches_tracked=module.num_batches_tracked if tracked else None,
+        group=group,
+    )
+
+
 class SyncBatchNorm(_FusedForward, _BatchNorm):
     """``torch.nn.SyncBatchNorm`` on fused kernels, on the CPU too: (N, C, *).
 
     The batches of the processes may differ in size and may be empty. Outside training, without a process group, or in a
-    group of one it is batch norm on this process alone. It is a batch norm to ``isinstance``, but no
-    ``torch.nn.SyncBatchNorm``: DistributedDataParallel refuses to train one of those on the CPU.
+    group of one it is batch norm on this process alone.
+
+    It has the constructor, the state and the name of ``torch.nn.SyncBatchNorm``, and is a ``_BatchNorm`` to
+    ``isinstance``, but no subclass of ``torch.nn.SyncBatchNorm``: DistributedDataParallel looks for that class and
+    refuses to train it on the CPU. Nothing else in torch asks for it but DDP's log.
 
     Args:
         check_ranks: at its first synchronized call, and again where the group is another one, the module compares the
@@ -103,6 +140,12 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
             not. That costs a collective, and reading its result on the host.
         the others: as for ``torch.nn.SyncBatchNorm``.
     """
+
+    # Of a module that became one by its class alone.
+    process_group: Any = None
+    check_ranks: bool = True
+    # What bnfused.convert made it from, and bnfused.revert makes of it again; None means torch.nn.SyncBatchNorm.
+    converted_from: type[nn.Module] | None = None
 
     def __init__(
         self,
@@ -135,28 +178,14 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
             activation: one of ``bnfused.activations.ACTIVATIONS``, or None.
             activation_param: ``negative_slope`` of leaky_relu, ``alpha`` of elu.
         """
-        if isinstance(input, fx.Proxy):
-            return super().forward(input, residual, activation, activation_param)
-        self._check_input_dim(input)
-        group = self._group_to_sync() if self.training else None
-        if group is None:
-            return super().forward(input, residual, activation, activation_param)
-        if self.check_ranks and not torch.compiler.is_compiling():
-            _compare_ranks_once(self, input, group)
-        tracked = self.track_running_stats
-        return sync_batch_norm(
+        return synchronized_forward(
+            self,
             input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            self.momentum,
-            self.eps,
-            residual=residual,
-            activation=activation,
-            activation_param=activation_param,
-            num_batches_tracked=self.num_batches_tracked if tracked else None,
-            group=group,
+            residual,
+            activation,
+            activation_param,
+            process_group=self.process_group,
+            check_ranks=self.check_ranks,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -165,12 +194,13 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
         if input.shape[1] == 0:
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
-    def _group_to_sync(self) -> Any:
-        """The process group, or None where there is nobody to talk to."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        group = dist.group.WORLD if self.process_group is None else self.process_group
-        return group if dist.get_world_size(group) > 1 else None
+
+def _group_to_sync(group: Any) -> Any:
+    """The process group, where None means all processes; None where there is nobody to talk to."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if group is None else group
+    return group if dist.get_world_size(group) > 1 else None
 
 
 class SyncBatchNormFunction(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 
@@ -273,6 +274,78 @@ def network(kind: str, size: int) -> torch.nn.Sequential:
     }[kind]
     layers = [torch.nn.Conv2d(2, 4, 3), norm(), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3), norm()]
     return torch.nn.Sequential(*layers).double()
+
+
+class Renamed(torch.nn.BatchNorm2d):
+    """Inherits forward, so that convert leaves its class alone."""
+
+
+class Residual(torch.nn.Module):
+    """Batch norm and ReLU, and batch norm, add and ReLU, of four classes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(2, 4, 3, padding=1)
+        self.bn1, self.bn2, self.bn3 = torch.nn.BatchNorm2d(4), Renamed(4), torch.nn.SyncBatchNorm(4)
+        self.stem = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.SiLU())
+        self.relu = torch.nn.ReLU(inplace=True)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.stem(x)
+        y = self.relu(self.bn1(self.conv(x)))
+        y = self.relu(self.bn2(y))
+        return self.relu(self.bn3(y) + identity)
+
+
+RESIDUAL_OPS = {"sync_batch_norm+relu": 2, "sync_batch_norm+add+relu": 1, "sync_batch_norm+silu": 1}
+
+
+def converted_step(x: Tensor, size: int) -> tuple[dict[str, Tensor], list[str], dict]:
+    """On a rank: a converted network's gradients and statistics; the synchronized ops that ran; what the report says.
+
+    And what is converted in a group of its own is found there by a copy.
+    """
+    group = ranks.group_of(size)
+    net = bnfused.convert(bnfused.convert(Residual(), sync=True, process_group=group), sync=True)
+    assert net.bn1.process_group is group
+    assert net.bn2.forward.process_group is group
+    ran = []
+    sync_batch_norm = bnfused.sync.sync_batch_norm
+
+    def recorded(*args, **options):
+        assert options["group"] is group
+        parts = ["sync_batch_norm", *["add"] * (options["residual"] is not None), str(options["activation"])]
+        ran.append("+".join(parts))
+        return sync_batch_norm(*args, **options)
+
+    bnfused.sync.sync_batch_norm = recorded
+    try:
+        net(x).pow(2).sum().backward()
+    finally:
+        bnfused.sync.sync_batch_norm = sync_batch_norm
+    found = {name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers())
+    return found, ran, dict(bnfused.fusion_report(net).counts)
+
+
+def test_converted_network(four):
+    """Ops synchronized and fused, whatever the class was; gradients and statistics of the joint batch."""
+    x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    found = four.run(converted_step, [(part, 2) for part in x.split([2, 3])])
+    net = Residual()
+    net(x).pow(2).sum().backward()
+    for _, ran, report in found:
+        assert collections.Counter(ran) == report == RESIDUAL_OPS
+    # Sums of 180 products and less, of float64; the largest gradient stands for the size of the terms.
+    largest = max(oracle.finite_max(p.grad) for p in net.parameters())
+    for name, parameter in net.named_parameters():
+        limits = torch.full_like(parameter, 1e-11 * largest)
+        checks.assert_within(name, sum(of_rank[name] for of_rank, _, _ in found), parameter.grad, limits)
+    for name, wanted in net.named_buffers():
+        for of_rank, _, _ in found:
+            limits = torch.full_like(wanted, 1e-12 * oracle.finite_max(wanted), dtype=torch.float64)
+            checks.assert_within(name, of_rank[name], wanted, limits)
 
 
 class Checkpointed(torch.nn.Module):
