@@ -414,7 +414,8 @@ def _refuse_transforms() -> None:
         raise RuntimeError("SyncBatchNorm: expected no torch.func transform in training, got one")
 
 
-_compared: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # the name of the group
+# The group in which a module was compared, by itself: one that is destroyed and made anew has the same name.
+_compared: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 def _compare_ranks_once(module: nn.Module, input: Tensor, group: Any) -> None:
@@ -425,7 +426,8 @@ def _compare_ranks_once(module: nn.Module, input: Tensor, group: Any) -> None:
     Raises:
         RuntimeError: on every rank, with the ranks and what each of them has.
     """
-    if _compared.get(module) == group.group_name:
+    known = _compared.get(module)
+    if known is not None and known() is group:
         return
     reference.check_input(input)
     ours = [input.shape[1], reference.DTYPES.index(input.dtype), torch.is_grad_enabled() and input.requires_grad]
@@ -441,4 +443,4 @@ def _compare_ranks_once(module: nn.Module, input: Tensor, group: Any) -> None:
         if any(of_rank[i] != found[0][i] for of_rank in found):
             listed = ", ".join(f"{name(of_rank[i])} on rank {rank}" for rank, of_rank in zip(ranks, found, strict=True))
             raise RuntimeError(f"SyncBatchNorm: expected the same {what} of input on every rank, got {listed}")
-    _compared[module] = group.group_name
+    _compared[module] = weakref.ref(group)

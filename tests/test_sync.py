@@ -5,9 +5,13 @@ from __future__ import annotations
 import collections
 import os
 import random
+import re
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -157,12 +161,14 @@ def many_steps(size: int, steps: int, seed: int) -> list[Tensor]:
     return [bn.running_mean, bn.running_var, bn.num_batches_tracked]
 
 
-def test_ranks_stay_bitwise_equal(four, seed):
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_stay_bitwise_equal(four, seed, size):
     """A thousand steps of uneven batches drift nowhere."""
-    results = four.run(many_steps, [(2, 1000, seed + rank) for rank in range(2)])
+    results = four.run(many_steps, [(size, 1000, seed + rank) for rank in range(size)])
     assert int(results[0][2]) == 1000
-    for first, second in zip(*results, strict=True):
-        assert checks.same_bits(first, second)
+    for of_rank in results[1:]:
+        for first, other in zip(results[0], of_rank, strict=True):
+            assert checks.same_bits(first, other)
 
 
 def penalty_grads(p: Problem, size: int, order: int) -> list[Tensor]:
@@ -261,6 +267,86 @@ def test_a_rank_that_dies_fails_the_others():
     assert isinstance(dead, Failure)
     assert not isinstance(survivor, Failure), survivor
     assert "SyncBatchNorm: all_gather of [7] torch.float64 failed on rank 0, in a group of 2" in survivor[1]
+
+
+SHORT = timedelta(seconds=2)  # a test waits for it
+
+
+def interrupted(rank: int, how: str) -> tuple[str, bool, list[Tensor]]:
+    """On a rank: a step that rank 1 does not take; the error, whether buffers were left alone, and a step after it.
+
+    In a group of its own, which the timeout leaves broken; then in that group made anew.
+    """
+    group = dist.new_group(list(range(WORLD)), timeout=SHORT)
+    bn = bnfused.SyncBatchNorm(3, process_group=group)
+    x = torch.arange(12.0).view(4, 3) + rank
+    y = bn(x.requires_grad_())
+    before = [t.clone() for t in bn.buffers()]
+    message = "none"
+    try:
+        if rank != 1:
+            (y.sum().backward if how == "skips the backward" else lambda: bn(x))()
+        elif how == "raises":
+            bn(x.long())
+        elif how == "stalls":
+            time.sleep(2 * SHORT.total_seconds())
+    except (RuntimeError, TypeError) as error:
+        message = str(error)
+    untouched = all(torch.equal(a, b) for a, b in zip(before, bn.buffers(), strict=True))
+    dist.barrier()  # of all processes' own group
+    dist.destroy_process_group(group)
+    bn.process_group = dist.new_group(list(range(WORLD)), timeout=ranks.PATIENCE)
+    bn(x)
+    return message, untouched, list(bn.buffers())
+
+
+@pytest.mark.parametrize(
+    "how, call", [("raises", "all_gather"), ("stalls", "all_gather"), ("skips the backward", "all_reduce")]
+)
+def test_a_rank_that_does_not_come_fails_the_others(four, how, call):
+    """The backend's timeout, with rank, op and shape; running statistics as before; the group can be made anew."""
+    results = four.run(interrupted, [(rank, how) for rank in range(WORLD)])
+    for rank, (message, untouched, after) in enumerate(results):
+        assert untouched
+        assert all(checks.same_bits(a, b) for a, b in zip(after, results[0][2], strict=True))
+        if rank != 1:
+            shape = "[7]" if call == "all_gather" else "[2, 3]"
+            assert message.startswith(f"SyncBatchNorm: {call} of {shape} torch.float"), message
+            # A rank whose neighbour gave up first is told that the connection is gone.
+            assert f"failed on rank {rank}, in a group of 4: " in message
+            assert re.search("imed out|onnection closed|reset by peer", message), message
+    assert any("imed out" in message for message, _, _ in results)
+    if how == "raises":
+        assert "int64" in results[1][0]
+
+
+def anew(store: str, rank: int) -> tuple[list[str], list[Tensor]]:
+    """On a rank: errors and buffers where everything is destroyed, and set up again, in the life of a module."""
+    bn = bnfused.SyncBatchNorm(3)
+    bn(torch.randn(4, 3))
+    dist.destroy_process_group()
+    bn(torch.randn(4, 3))  # alone
+    bn.load_state_dict(bnfused.SyncBatchNorm(3).state_dict())
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=ranks.PATIENCE)
+    messages = []
+    try:
+        bn(torch.randn(4, 3, dtype=(torch.float32, torch.float64)[rank]))  # is compared again
+    except RuntimeError as error:
+        messages.append(str(error))
+    bn(torch.randn(4 + rank, 3))
+    return messages, list(bn.buffers())
+
+
+def test_everything_destroyed_and_made_anew(tmp_path):
+    two = Ranks(2)
+    try:
+        results = two.run(anew, [(str(tmp_path / "store"), rank) for rank in range(2)])
+    finally:
+        two.close()
+    for (message,), buffers in results:
+        assert "expected the same dtype of input on every rank" in message
+        assert all(checks.same_bits(a, b) for a, b in zip(buffers, results[0][1], strict=True))
+        assert int(buffers[2]) == 1
 
 
 # ----------------------------------------------------------------------------------- around the module
@@ -427,20 +513,23 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def watched(p: Problem, size: int) -> tuple[int, list[str]]:
+def watched(p: Problem, size: int, check_ranks: bool) -> tuple[int, list[str]]:
     """On a rank: host reads and collectives of a step, but for the comparison of ranks in the first one."""
     bn = module_of(p, ranks.group_of(size))
-    bn(p.x)
+    bn.check_ranks = check_ranks
+    if check_ranks:
+        bn(p.x)
     with HostReads() as mode:
         bn(p.x.detach().requires_grad_(), p.residual, p.activation).backward(p.grad_y)
     return mode.reads, mode.collectives
 
 
+@pytest.mark.parametrize("check_ranks", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_one_collective_each_way_and_nothing_read_on_the_host(four, momentum):
+def test_one_collective_each_way_and_nothing_read_on_the_host(four, momentum, check_ranks):
     """So that a GPU is never waited for, and a step can be captured; empty batches are no exception of many rows."""
     p = cases.make((6, 4, 5), residual=True, activation="relu", momentum=momentum)
-    for reads, collectives in four.run(watched, [(q, 2) for q in split(p, [2, 4], "contiguous")]):
+    for reads, collectives in four.run(watched, [(q, 2, check_ranks) for q in split(p, [2, 4], "contiguous")]):
         assert reads == 0
         assert len(collectives) == 2, collectives
         assert "gather" in collectives[0]
