@@ -475,7 +475,40 @@ def test_ddp(four, how):
             checks.assert_within("grad", actual, parameter.grad, limits, how)
 
 
-def compiled_and_eager(p: Problem, size: int) -> tuple[dict, dict]:
+def fsdp_grads(x: Tensor, size: int, rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """On a rank: whole gradients, times the number of ranks, and statistics, after two steps of FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (size,))
+    net = network("sync", size)
+    for layer in net[:3]:  # a group of their own, gathered for the forward and again for the backward
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    assert type(net[1].weight).__name__ == "DTensor"
+    for _ in range(2):
+        net(x).pow(3).sum().backward()
+    return [p.grad.full_tensor() * size for p in net.parameters()], list(net.buffers())
+
+
+def test_fsdp2(four):
+    """Parameters sharded over all ranks, those of batch norm too: gradients and statistics of one process."""
+    x = torch.randn(9, 2, 8, 8, dtype=torch.float64)
+    found = four.run(fsdp_grads, [(part, WORLD, rank) for rank, part in enumerate(x.split([2, 4, 1, 2]))])
+    net = network("whole", 1)
+    for _ in range(2):
+        net(x).pow(3).sum().backward()
+    largest = max(oracle.finite_max(p.grad) for p in net.parameters())
+    for grads, buffers in found:
+        for actual, parameter in zip(grads, net.parameters(), strict=True):
+            checks.assert_within("grad", actual, parameter.grad, torch.full_like(parameter, 1e-10 * largest))
+        for actual, wanted in zip(buffers, net.buffers(), strict=True):
+            limits = torch.full_like(wanted, 1e-12 * oracle.finite_max(wanted), dtype=torch.float64)
+            checks.assert_within("statistics", actual, wanted, limits)
+
+
+def compiled_and_eager(p: Problem, size: int, backend: str) -> tuple[dict, dict]:
     """On a rank: the same step by fullgraph torch.compile and eagerly."""
     results = []
     for compiled in (True, False):
@@ -483,7 +516,7 @@ def compiled_and_eager(p: Problem, size: int) -> tuple[dict, dict]:
         x = p.x.detach().requires_grad_()
         function = lambda x, r, bn=bn: bn(x, r, p.activation)  # noqa: E731
         if compiled:
-            function = torch.compile(function, fullgraph=True, backend="aot_eager")
+            function = torch.compile(function, fullgraph=True, backend=backend)
         y = function(x, p.residual)
         y.backward(p.grad_y)
         state = {"y": y.detach(), "x": x.grad, "weight": bn.weight.grad, "bias": bn.bias.grad}
@@ -491,10 +524,15 @@ def compiled_and_eager(p: Problem, size: int) -> tuple[dict, dict]:
     return results[0], results[1]
 
 
-def test_compiles_to_one_graph(four):
-    """Collectives as nodes of the graph, and the same bits."""
-    p = cases.make((5, 4, 6), residual=True, activation="relu", momentum=None)
-    for compiled, eager in four.run(compiled_and_eager, [(q, 2) for q in split(p, [2, 3], "contiguous")]):
+@pytest.mark.parametrize(
+    "backend, shape, sizes",
+    [("aot_eager", (5, 4, 6), [2, 3]), ("aot_eager", (4, 4), [1, 0, 3]), ("inductor", (5, 4, 6), [2, 3])],
+)
+def test_compiles_to_one_graph(four, backend, shape, sizes):
+    """Collectives as nodes of the graph, and the same bits; also where a rank has to ask how many the others have."""
+    p = cases.make(shape, residual=True, activation="relu", momentum=None)
+    parts = [(q, len(sizes), backend) for q in split(p, sizes, "contiguous")]
+    for compiled, eager in four.run(compiled_and_eager, parts):
         for name, value in eager.items():
             assert torch.equal(compiled[name], value), name
 
