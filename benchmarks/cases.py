@@ -1,4 +1,4 @@
-"""What is measured: configurations (one tensor each), their cells, the least traffic, the targets.
+"""What is measured on a CPU, on a GPU and in sweeps: configurations (one tensor each), least traffic, targets.
 
 Data only: no timing, no printing. A cell is one configuration, one pass, one fusion and one number
 of threads.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FUSIONS = ("plain", "relu", "add_relu")
 FUSION_LABELS = {"plain": "plain", "relu": "+ReLU", "add_relu": "+add+ReLU"}
 PASSES = ("forward", "backward", "forward+backward", "eval", "chain")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_DTYPES = ("float32", "bfloat16")
+GPU_DTYPES = ("bfloat16", "float16", "float32")
 
 # Families of configurations that share a target.
 FIRST_32 = "channels first float32"
@@ -35,7 +36,7 @@ _REGULAR = (FIRST_32, LAST_32, FIRST_16, LAST_16)
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the result; ``threads`` is how many torch may use."""
+    """One number of the result; ``threads`` is how many torch may use, 0 on a GPU."""
 
     configuration: str
     family: str
@@ -46,7 +47,8 @@ class Cell:
     @property
     def name(self) -> str:
         """What ``--filter`` searches and what the tables print."""
-        return f"{self.configuration} {self.pass_name} {self.fusion} T={self.threads}"
+        threads = f" T={self.threads}" if self.threads else ""
+        return f"{self.configuration} {self.pass_name} {self.fusion}{threads}"
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -61,6 +63,8 @@ class Configuration:
 
     ``grad_y`` is the layout of the upstream gradient: ``like x``, ``contiguous``,
     ``channels_last``, or ``expanded`` (one stored value, as ``y.sum().backward()`` makes it).
+    ``network`` has a layer with this input; ``sweep`` is what is varied. ``compiled``: compared with torch.compile on a
+    GPU, which takes seconds per cell.
     """
 
     shape: tuple[int, ...]
@@ -71,12 +75,17 @@ class Configuration:
     fusions: tuple[str, ...] = FUSIONS
     grad_y: str = "like x"
     quick: bool = False
+    network: str = ""
+    sweep: str = ""
+    compiled: bool = False
 
     @property
     def name(self) -> str:
+        network = f"{self.network} " if self.network else ""
         chain = " chain" if self.family == CHAIN else ""
         grad_y = "" if self.grad_y == "like x" else f" grad_y={self.grad_y}"
-        return f"{'x'.join(map(str, self.shape))} {self.layout} {self.dtype}{grad_y}{chain}"
+        sweep = f" over {self.sweep}" if self.sweep else ""
+        return f"{network}{'x'.join(map(str, self.shape))} {self.layout} {self.dtype}{grad_y}{chain}{sweep}"
 
     @property
     def activation_bytes(self) -> int:
@@ -136,14 +145,15 @@ _SHAPES: tuple[tuple[tuple[int, ...], str, bool], ...] = (
 _CHANNELS_FIRST = ("NCHW", "NCL", "NCDHW")
 
 
+def _family(layout: str, dtype: str) -> str:
+    if layout in _CHANNELS_FIRST:
+        return FIRST_32 if dtype == "float32" else FIRST_16
+    return LAST_32 if dtype == "float32" else LAST_16
+
+
 def _regular(dtype: str) -> Iterator[Configuration]:
     for shape, layout, quick in _SHAPES:
-        if shape == (64, 256):
-            family = TINY
-        elif layout in _CHANNELS_FIRST:
-            family = FIRST_32 if dtype == "float32" else FIRST_16
-        else:
-            family = LAST_32 if dtype == "float32" else LAST_16
+        family = TINY if shape == (64, 256) else _family(layout, dtype)
         # float16 takes bfloat16's code paths with another conversion: the quick run leaves it out.
         yield Configuration(shape, layout, dtype, family, _TRAIN_AND_EVAL, quick=quick and dtype != "float16")
 
@@ -206,12 +216,92 @@ def _chains() -> Iterator[Configuration]:
                 yield Configuration(shape, layout, dtype, CHAIN, ("chain",), ("plain", "relu"), quick=quick)
 
 
-def configurations(dtypes: Iterable[str], quick: bool) -> list[Configuration]:
-    """Everything that a run measures, in the order in which it is measured."""
+def cpu_configurations(dtypes: Iterable[str], quick: bool) -> list[Configuration]:
+    """Everything that a run on a CPU measures, in the order in which it is measured."""
     dtypes = tuple(dtypes)
     every = [configuration for dtype in dtypes for configuration in _regular(dtype)]
     every += [*_cliffs(), *_chains()]
     return [c for c in every if c.dtype in dtypes and (c.quick or not quick)]
+
+
+# (network, shape of a batch norm layer's input, compiled). The compiled ones are also the quick run's.
+_LAYERS: tuple[tuple[str, tuple[int, ...], bool], ...] = (
+    ("ResNet-50", (256, 64, 112, 112), False),
+    ("ResNet-50", (256, 64, 56, 56), False),
+    ("ResNet-50", (256, 256, 56, 56), True),
+    ("ResNet-50", (256, 128, 28, 28), False),
+    ("ResNet-50", (256, 512, 28, 28), False),
+    ("ResNet-50", (256, 1024, 14, 14), False),
+    ("ResNet-50", (256, 2048, 7, 7), True),
+    ("MobileNetV2", (256, 96, 112, 112), False),
+    ("MobileNetV2", (256, 144, 56, 56), True),
+    ("MobileNetV2", (256, 384, 14, 14), False),
+    ("MobileNetV2", (256, 960, 7, 7), False),
+    ("DenseNet-121", (128, 96, 56, 56), False),
+    ("DenseNet-121", (128, 320, 28, 28), True),
+    ("DenseNet-121", (128, 672, 14, 14), False),
+    ("DenseNet-121", (128, 992, 7, 7), False),
+    ("U-Net", (16, 64, 256, 256), True),
+    ("U-Net", (16, 256, 64, 64), False),
+    ("U-Net", (16, 512, 32, 32), False),
+    ("MLP", (64, 256), False),
+    ("MLP", (4096, 1024), True),
+    ("MLP", (65536, 256), False),
+    ("MLP", (16384, 4096), False),
+)
+
+
+def gpu_configurations(dtypes: Iterable[str], quick: bool) -> list[Configuration]:
+    """What a run on a GPU measures; what is most used comes first, in case the time does not suffice."""
+    return [
+        Configuration(
+            shape,
+            layout,
+            dtype,
+            _family(layout, dtype),
+            ("forward", "forward+backward"),
+            quick=compiled and dtype == "bfloat16",
+            network=network,
+            compiled=compiled,
+        )
+        for dtype in dtypes
+        for network, shape, compiled in _LAYERS
+        for layout in (("channels_last", "NCHW") if len(shape) == 4 else ("NC",))
+        if not quick or (compiled and dtype == "bfloat16")
+    ]
+
+
+SWEEPS = ("batch", "channels", "spatial", "threads")
+
+
+def sweep_configurations(sweep: str, device: str, dtype: str, quick: bool) -> list[Configuration]:
+    """One of SWEEPS: inputs that differ in one size, in both layouts; for ``threads`` it is one input."""
+    cpu = device == "cpu"
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "batch": [(2**k, 256, 28, 28) for k in range(6 if cpu else 10)],
+        "channels": [(8 if cpu else 128, 2**k, 28, 28) for k in range(2, 11 if cpu else 12)],
+        "spatial": [(8 if cpu else 128, 64, size, size) for size in (4, 7, 14, 28, 56, 112, *(() if cpu else (224,)))],
+        "threads": [(8, 256, 56, 56)],
+    }
+    return [
+        Configuration(
+            shape,
+            layout,
+            dtype,
+            f"{sweep} sweep, {layout}",
+            ("forward", "forward+backward"),
+            ("plain", "add_relu"),
+            sweep=sweep,
+        )
+        for shape in (shapes[sweep][::2] if quick else shapes[sweep])
+        for layout in ("NCHW", "channels_last")
+    ]
+
+
+def tiny(configuration: Configuration) -> Configuration:
+    """The same kind of tensor, small enough to try a script with."""
+    batch, channels, *sizes = configuration.shape
+    return replace(configuration, shape=(min(batch, 4), min(channels, 6), *(min(size, 4) for size in sizes)))
 
 
 @dataclass(frozen=True)

@@ -9,56 +9,25 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
+from benchmarks.models import resnet18
 from benchmarks.report import describe_environment, make_console, milliseconds, print_environment, ratio_text
-from benchmarks.resnet18 import ResNet18
-from benchmarks.timing import CpuClock, Plan, band, interleave, make_clock, paired_ratios
-
-# Rounding differences of float64, 1e-16, as the network amplifies them: 1e-12 was seen.
-TOLERANCE = 1e-9
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The loss and its gradient for all parameters, as one vector."""
-    loss = F.cross_entropy(model(images), labels)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients)])
-
-
-def largest_difference(original: nn.Module, size: int) -> float:
-    """Relative difference of loss and gradients, converted from original, in float64; both stay as they are."""
-    original = copy.deepcopy(original).double()
-    images, labels = torch.randn(4, 3, size, size, dtype=torch.float64), torch.randint(0, 1000, (4,))
-    wanted = gradient(original, images, labels)
-    return ((gradient(bnfused.convert(original), images, labels) - wanted).norm() / wanted.norm()).item()
-
-
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Forward, backward and one step of SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return step
+from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, training_step
+from benchmarks.timing import Clock, Plan, band, interleave, make_clock, paired_ratios
 
 
 def time_steps(
-    original: nn.Module, layout: torch.memory_format, options: argparse.Namespace, clock: CpuClock
+    original: nn.Module, layout: torch.memory_format, options: argparse.Namespace, clock: Clock
 ) -> dict[Hashable, list[float | None]]:
     """Seconds of a step of "torch" and "bnfused", taken in turns."""
     images = torch.randn(options.batch_size, 3, options.size, options.size).to(memory_format=layout)
@@ -105,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.no_environment:
         print_environment(console, describe_environment())
     torch.manual_seed(0)
-    original = ResNet18()
-    console.print("\n[bold]bnfused.convert(ResNet18())[/], and which op each of its batch norms runs as:")
+    original = resnet18()
+    console.print("\n[bold]bnfused.convert(resnet18())[/], and which op each of its batch norms runs as:")
     console.print(str(bnfused.fusion_report(bnfused.convert(original))), markup=False)
     difference = largest_difference(original, options.size)
     console.print(f"\nLoss and gradients against the original, in float64: {difference:.1e} apart")

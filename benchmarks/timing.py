@@ -1,4 +1,4 @@
-"""How the benchmarks time: interleaved samples, paired ratios, a check that we had the cores."""
+"""How the benchmarks time, on a CPU and on a GPU: interleaved samples, paired ratios, a check that we had the cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,6 +23,13 @@ MAX_WAITED = 0.01
 # microseconds themselves.
 SHORTEST_SAMPLE = 0.5e-3
 TRIES = 3
+# Cycles that the GPU waits before a sample, while the CPU queues it: 0.5 ms at 2 GHz. To queue an eager forward and
+# backward takes a CPU 0.1 to 0.2 ms.
+HEAD_START = 1_000_000
+# What a plain copy is called among the functions that are timed.
+COPY = "copy"
+# Large enough that no cache holds it: the roof that achieved bandwidths stand under.
+ROOF_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
 class Timed(NamedTuple):
@@ -111,6 +118,27 @@ class RunQueue:
         return nanoseconds * 1e-9
 
 
+class Clock(Protocol):
+    """Times calls. ``unclean`` counts the samples that were thrown away."""
+
+    unclean: int
+
+    @property
+    def description(self) -> str: ...
+
+    def warm_up(self, function: Callable[[], object]) -> int:
+        """Start threads, fill caches, compile; returns how many calls make a sample."""
+        ...
+
+    def watch(self) -> None:
+        """Call when every thread that will work has started: after all warm-ups."""
+        ...
+
+    def time(self, function: Callable[[], object], repeats: int = 1) -> Timed:
+        """Seconds per call, over ``repeats`` calls."""
+        ...
+
+
 class CpuClock:
     """Times calls on the CPU.
 
@@ -131,12 +159,19 @@ class CpuClock:
             return f"{what}; samples that waited more than {MAX_WAITED:.0%} for a core are discarded"
         return f"{what}; how long threads wait for a core is not known here: nothing is discarded"
 
+    def warm_up(self, function: Callable[[], object]) -> int:
+        function()
+        once = math.inf
+        for _ in range(2):
+            begin = time.perf_counter()
+            function()
+            once = min(once, time.perf_counter() - begin)
+        return max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
+
     def watch(self) -> None:
-        """Call when every thread that will work has started: after a warm-up."""
         self._queue.watch()
 
     def time(self, function: Callable[[], object], repeats: int = 1) -> Timed:
-        """Seconds per call, over ``repeats`` calls."""
         calls = range(repeats)
         waited = self._queue.waited()
         wall = time.perf_counter()
@@ -152,32 +187,98 @@ class CpuClock:
         return Timed(elapsed / repeats, clean)
 
 
-def make_clock(device: torch.device, threads: int) -> CpuClock:
-    """The clock for a device.
+class GpuClock:
+    """Times calls on a GPU.
+
+    ``kernels``: the time of the GPU between two events around the call, L2 cold (a buffer of twice its size is written
+    before), the queue filled ahead, so that launches cost what they cost in a full queue. Otherwise the wall time from
+    an idle GPU to an idle GPU, in which a CPU that is too slow to keep the GPU busy shows: for whole training steps.
+    """
+
+    unclean = 0
+
+    def __init__(self, device: torch.device, kernels: bool) -> None:
+        self.kernels = kernels
+        if kernels:
+            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+            self._flushed = torch.empty(size, dtype=torch.uint8, device=device)
+
+    @property
+    def description(self) -> str:
+        return (
+            "events on the GPU, L2 cold, queue filled ahead" if self.kernels else "wall time, GPU idle before and after"
+        )
+
+    def warm_up(self, function: Callable[[], object]) -> int:
+        for _ in range(2):
+            function()
+        torch.cuda.synchronize()
+        return 1
+
+    def watch(self) -> None:
+        pass  # no threads of ours
+
+    def time(self, function: Callable[[], object], repeats: int = 1) -> Timed:
+        calls = range(repeats)
+        if not self.kernels:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in calls:
+                function()
+            torch.cuda.synchronize()
+            return Timed((time.perf_counter() - begin) / repeats, clean=True)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.zero_()
+        torch.cuda._sleep(HEAD_START)
+        first.record()
+        for _ in calls:
+            function()
+        last.record()
+        torch.cuda.synchronize()
+        return Timed(1e-3 * first.elapsed_time(last) / repeats, clean=True)
+
+
+def make_clock(device: torch.device, threads: int, kernels: bool = True) -> Clock:
+    """The clock for a device; ``threads`` are the CPU's, ``kernels`` a GPU's (see GpuClock).
 
     Raises:
-        NotImplementedError: any device but the CPU.
+        NotImplementedError: a device that is neither the CPU nor CUDA.
+        RuntimeError: no GPU is there.
     """
-    if device.type != "cpu":
-        raise NotImplementedError(f"no benchmark on {device.type} here; benchmarks/gpu.py times a GPU")
-    return CpuClock(threads)
+    if device.type == "cpu":
+        return CpuClock(threads)
+    if device.type != "cuda":
+        raise NotImplementedError(f"make_clock: expected cpu or cuda, got {device.type}")
+    if not torch.cuda.is_available():
+        raise RuntimeError("make_clock: no GPU is visible to torch")
+    return GpuClock(device, kernels)
+
+
+def copy_bandwidth(device: torch.device, clock: Clock, size: int) -> float | None:
+    """Bytes read and written per second by a copy of ``size`` bytes; None where no sample counted."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    samples: dict[Hashable, list[float | None]] = {}
+    interleave({COPY: lambda: target.copy_(source)}, clock, Plan(rounds=31, seconds=1.0), samples)
+    found = band([value for value in samples[COPY] if value is not None])
+    return None if found is None else 2 * size / found.median
 
 
 @dataclass
 class Plan:
-    """How long to measure: ``rounds`` samples per function, fewer (but three) in ``seconds``."""
+    """How long to measure: ``rounds`` samples per function, fewer (but FEWEST_ROUNDS) in ``seconds``."""
 
     rounds: int
     seconds: float = math.inf
     seed: int = 0
 
 
-FEWEST_ROUNDS = 3
+FEWEST_ROUNDS = 5  # below that, a median says little
 
 
 def interleave(
     functions: Mapping[Hashable, Callable[[], object]],
-    clock: CpuClock,
+    clock: Clock,
     plan: Plan,
     samples: dict[Hashable, list[float | None]],
     on_round: Callable[[int], None] = lambda done: None,
@@ -191,7 +292,7 @@ def interleave(
     what the machine did meanwhile would go into the ratio, and each function would find its own
     data in the cache.
     """
-    repeats = {name: _warm_up(function) for name, function in functions.items()}
+    repeats = {name: clock.warm_up(function) for name, function in functions.items()}
     clock.watch()
     for name in functions:
         samples[name] = []
@@ -215,18 +316,7 @@ def interleave(
             gc.enable()
 
 
-def _warm_up(function: Callable[[], object]) -> int:
-    """Start threads, fill caches; returns how many calls make a sample."""
-    function()
-    once = math.inf
-    for _ in range(2):
-        begin = time.perf_counter()
-        function()
-        once = min(once, time.perf_counter() - begin)
-    return max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
-
-
-def _sample(function: Callable[[], object], clock: CpuClock, repeats: int) -> float | None:
+def _sample(function: Callable[[], object], clock: Clock, repeats: int) -> float | None:
     for _ in range(TRIES):
         sample = clock.time(function, repeats)
         if sample.clean:

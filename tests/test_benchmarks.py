@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 import subprocess
@@ -17,9 +18,23 @@ from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench, cases, report, timing, train_digits, why_batch_norm
+from benchmarks import (
+    bench,
+    cases,
+    memory,
+    models,
+    networks,
+    peers,
+    pictures,
+    report,
+    steps,
+    timing,
+    train_digits,
+    why_batch_norm,
+)
 from benchmarks.cases import Cell, Configuration
-from benchmarks.report import CellResult, Run
+from benchmarks.memory import Saved
+from benchmarks.report import CellResult, PeerResult, Run
 from benchmarks.timing import Band, Plan, Timed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,35 +46,37 @@ def run_script(name: str, *arguments: object, cwd: Path) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
-def result(ratio: Band | None, **changes: object) -> CellResult:
+def result(ratio: Band | None, peer: str = "torch", pairs: int = 9, **changes: object) -> CellResult:
     fields = {
         "configuration": "8x4x2x2 NCHW float32",
+        "shape": (8, 4, 2, 2),
+        "layout": "NCHW",
+        "dtype": "float32",
         "family": cases.FIRST_32,
         "pass_name": "forward",
         "fusion": "relu",
         "threads": 1,
-        "pairs": 9,
         "bytes": 1024,
-        "ratio": ratio,
-        "torch_ms": Band(1.0, 2.0, 3.0),
-        "bnfused_ms": Band(0.5, 1.0, 1.5),
+        "ms": Band(0.5, 1.0, 1.5),
         "copy_ms": None,
-        "copy_speed_torch": 0.25,
-        "copy_speed_bnfused": None,
+        "copy_speed": 0.25,
+        "peers": {peer: PeerResult(Band(1.0, 2.0, 3.0), ratio, pairs, None)},
     }
     return CellResult(**{**fields, **changes})
 
 
-def run_of(*results: CellResult) -> Run:
-    environment = {
-        "cpu": "a CPU",
-        "commit": "0123",
-        "date": "today",
-        "torch": "2",
-        "bnfused": "1",
-        "bnfused_extension": True,
-    }
-    return Run(environment, {"rounds": 9}, list(results))
+ENVIRONMENT = {
+    "device": "a CPU",
+    "commit": "0123",
+    "date": "today",
+    "torch": "2",
+    "bnfused": "1",
+    "bnfused_extension": True,
+}
+
+
+def run_of(*results: CellResult) -> Run[CellResult]:
+    return Run(ENVIRONMENT, {"rounds": 9}, list(results), roof={1: 1e10})
 
 
 # --- numbers from samples ---
@@ -105,10 +122,33 @@ def test_a_chain_is_net_of_producer_and_consumer():
         "no batch norm": [1.0, 1.0],
         "copy": [1.0, 1.0],
     }
-    measured = bench.cell_result(cell, configuration, samples)
-    assert measured.ratio == Band(2.0, 2.0, 2.0)
+    measured = bench.cell_result(cell, configuration, ["torch"], samples)
+    assert measured.ratio("torch") == Band(2.0, 2.0, 2.0)
     # The least traffic of a forward is that of a copy: twice its time is half its speed.
-    assert measured.copy_speed_bnfused == pytest.approx(0.5)
+    assert measured.copy_speed == pytest.approx(0.5)
+
+
+def test_peers_are_paired_by_round_and_none_is_mixed_with_another():
+    """Speed counts the fewest bytes, 3 activations where the copy moves 2; bandwidth is those over the time."""
+    configuration = Configuration((8, 4), "NC", "float32", cases.TINY, ("forward",), ("add_relu",))
+    (cell,) = configuration.cells(1)
+    samples = {
+        "copy": [2.0, 4.0, 6.0],
+        ("bnfused", "forward", "add_relu"): [3.0, 6.0, 9.0],
+        ("torch", "forward", "add_relu"): [6.0, 12.0, 18.0],
+        ("cuDNN", "forward", "add_relu"): [1.5, 3.0, None],
+    }
+    measured = bench.cell_result(cell, configuration, ["torch", "cuDNN"], samples)
+    assert measured.ratio("torch") == Band(2.0, 2.0, 2.0)
+    assert measured.ratio("cuDNN") == Band(0.5, 0.5, 0.5)
+    assert [measured.peers[name].pairs for name in ("torch", "cuDNN")] == [3, 2]
+    assert [measured.speed(name) for name in ("bnfused", "torch", "cuDNN")] == pytest.approx([1.0, 0.5, 2.0])
+    activation = 8 * 4 * 4
+    assert measured.bytes == 3 * activation
+    assert measured.bandwidth("bnfused") == pytest.approx(3 * activation / 6.0)
+    assert measured.bandwidth("torch") == pytest.approx(3 * activation / 12.0)
+    assert measured.bandwidth("copy") == pytest.approx(2 * activation / 4.0)
+    assert measured.bandwidth("compile") is measured.ratio("compile") is None
 
 
 # --- sampling ---
@@ -120,6 +160,9 @@ class CountingClock:
     def __init__(self, unclean: tuple[int, ...] = (), interrupt_at: int | None = None) -> None:
         self.calls: list[object] = []
         self._unclean, self._interrupt_at = unclean, interrupt_at
+
+    def warm_up(self, function) -> int:
+        return 1
 
     def watch(self) -> None:
         self.calls.clear()
@@ -182,9 +225,71 @@ def test_one_thread_is_timed_by_its_cpu_time():
     assert timing.CpuClock(2).time(lambda: time.sleep(0.05)).seconds >= 0.05
 
 
+def test_short_functions_are_called_several_times_in_a_sample():
+    import time
+
+    clock = timing.CpuClock(1)
+    assert clock.warm_up(lambda: time.sleep(2 * timing.SHORTEST_SAMPLE)) == 1
+    assert clock.warm_up(lambda: None) > 100
+
+
 def test_other_devices_are_refused():
-    with pytest.raises(NotImplementedError, match="benchmarks/gpu.py"):
-        timing.make_clock(torch.device("cuda"), 1)
+    with pytest.raises(NotImplementedError, match="expected cpu or cuda, got mps"):
+        timing.make_clock(torch.device("mps"), 1)
+
+
+class FakeGpu:
+    """Stands in for torch.cuda: a queue whose events are read when it is synchronized, a millisecond per entry."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[str] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.log.append("event")
+                self.at = len(gpu.log)
+
+            def elapsed_time(self, end: Event) -> float:
+                assert gpu.log[-1] == "synchronize"
+                return float(end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.log.append("head start"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: self.log.append("synchronize"))
+        properties = type("Properties", (), {"L2_cache_size": 64})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def test_kernels_are_timed_between_events_behind_a_head_start(monkeypatch):
+    """Nothing but the calls is between the events, the wait is before both, and they are read after the queue ran."""
+    gpu = FakeGpu(monkeypatch)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **options: empty(*size, **options))
+    clock = timing.make_clock(torch.device("cuda"), 0)
+    assert clock.warm_up(lambda: gpu.log.append("call")) == 1
+    gpu.log.clear()
+    timed = clock.time(lambda: gpu.log.append("call"), repeats=3)
+    assert gpu.log == ["head start", "event", "call", "call", "call", "event", "synchronize"]
+    assert timed == Timed(4e-3 / 3, clean=True)
+
+
+def test_whole_steps_are_timed_from_an_idle_gpu_to_an_idle_gpu(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    clock = timing.make_clock(torch.device("cuda"), 0, kernels=False)
+    assert clock.time(lambda: gpu.log.append("call")).seconds > 0
+    assert gpu.log == ["synchronize", "call", "synchronize"]
+
+
+def test_copy_bandwidth_counts_reading_and_writing():
+    """The rounds take 1, 2, ... 31 s: the median counts."""
+    clock = CountingClock()
+    assert timing.copy_bandwidth(torch.device("cpu"), clock, 1000) == pytest.approx(2000 / 16)
+    assert len(clock.calls) == 31
 
 
 # --- cases ---
@@ -194,16 +299,54 @@ def every_cell() -> list[Cell]:
     dtypes = tuple(cases.DTYPE_BYTES)
     return [
         cell
-        for configuration in cases.configurations(dtypes, quick=False)
+        for configuration in cases.cpu_configurations(dtypes, quick=False)
         for threads in (1, 2)
         for cell in configuration.cells(threads)
     ]
 
 
+def every_sweep(device: str, quick: bool = False) -> list[Configuration]:
+    return [c for sweep in cases.SWEEPS for c in cases.sweep_configurations(sweep, device, "float32", quick)]
+
+
 def test_cell_names_are_unique():
     """``--compare`` matches runs by them."""
-    names = [cell.name for cell in every_cell()]
-    assert len(set(names)) == len(names)
+    gpu = [cell for c in cases.gpu_configurations(cases.GPU_DTYPES, quick=False) for cell in c.cells(0)]
+    swept = [cell for c in every_sweep("cpu") for cell in c.cells(1)]
+    for cells in (every_cell(), gpu, swept):
+        names = [cell.name for cell in cells]
+        assert len(set(names)) == len(names)
+
+
+def test_every_network_dtype_and_layout_is_measured_on_a_gpu():
+    whole = cases.gpu_configurations(cases.GPU_DTYPES, quick=False)
+    assert {c.network for c in whole} == {"ResNet-50", "MobileNetV2", "DenseNet-121", "U-Net", "MLP"}
+    assert {(c.layout, c.dtype) for c in whole} == {
+        (layout, dtype) for layout in ("NCHW", "channels_last", "NC") for dtype in ("bfloat16", "float16", "float32")
+    }
+    assert {c.network for c in whole if c.compiled} == {c.network for c in whole}
+    quick = cases.gpu_configurations(cases.GPU_DTYPES, quick=True)
+    assert set(quick) < set(whole) and {c.network for c in quick} == {c.network for c in whole}
+    assert "T=" not in whole[0].cells(0)[0].name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_sweep_varies_one_size(device):
+    """In both layouts, in growing order, and the quick one is a part of the whole."""
+    for sweep, dimensions in (("batch", {0}), ("channels", {1}), ("spatial", {2, 3}), ("threads", set())):
+        found = cases.sweep_configurations(sweep, device, "float32", quick=False)
+        for layout in ("NCHW", "channels_last"):
+            shapes = [c.shape for c in found if c.layout == layout]
+            assert shapes == sorted(set(shapes))
+            assert {d for d in range(4) if len({shape[d] for shape in shapes}) > 1} == dimensions
+        quick = cases.sweep_configurations(sweep, device, "float32", quick=True)
+        assert set(quick) < set(found) if dimensions else quick == found
+
+
+def test_tiny_keeps_the_kind():
+    configuration = Configuration((256, 64, 112, 112), "NCHW", "float32", cases.FIRST_32, ("eval",), network="a")
+    shrunk = cases.tiny(configuration)
+    assert shrunk == dataclasses.replace(configuration, shape=(4, 6, 4, 4))
 
 
 def test_every_target_belongs_to_a_measured_group():
@@ -213,8 +356,8 @@ def test_every_target_belongs_to_a_measured_group():
 
 
 def test_quick_is_a_part_of_the_whole_with_every_family_that_has_targets():
-    whole = cases.configurations(cases.DEFAULT_DTYPES, quick=False)
-    quick = cases.configurations(cases.DEFAULT_DTYPES, quick=True)
+    whole = cases.cpu_configurations(cases.DEFAULT_DTYPES, quick=False)
+    quick = cases.cpu_configurations(cases.DEFAULT_DTYPES, quick=True)
     assert set(quick) < set(whole)
     families = {cell.group[0] for c in quick for cell in c.cells(1)}
     assert families >= {family for family, _, _ in cases.TARGETS} - {cases.LARGE}
@@ -251,7 +394,7 @@ def test_least_traffic(pass_name, fusion, activations):
 )
 def test_layouts(layout, shape, strides):
     tensor = torch.arange(math.prod(shape)).reshape(shape)
-    laid_out = bench.to_layout(tensor, layout)
+    laid_out = peers.to_layout(tensor, layout)
     assert laid_out.stride() == strides
     assert torch.equal(laid_out, tensor)
 
@@ -259,20 +402,47 @@ def test_layouts(layout, shape, strides):
 # --- reports ---
 
 
-def test_json_round_trip():
-    run = run_of(result(Band(1.5, 2.0, 2.5)), result(None, pairs=0))
-    run.interrupted = True
-    again = Run.from_json(run.to_json())
+def test_json_round_trip(tmp_path):
+    run = run_of(result(Band(1.5, 2.0, 2.5), saved={"torch": Saved(3, 2, 1)}), result(None, pairs=0, threads=2))
+    run.interrupted, run.failed, run.not_measured = True, ["this"], ["that"]
+    run.write(tmp_path / "new" / "run.json")
+    again = report.read_cells(tmp_path / "new" / "run.json")
     assert again == run
-    assert isinstance(again.results[0].ratio, Band)
+    assert isinstance(again.results[0].ratio("torch"), Band)
+    assert isinstance(again.results[0].saved["torch"], Saved)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 99}', "no json"])
+def test_a_run_without_results_is_read_too(tmp_path):
+    run_of().write(tmp_path / "run.json")
+    assert report.read_cells(tmp_path / "run.json") == run_of()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "results": []}', '{"format": 2}', "no json"])
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="other.json"):
-        Run.read(path)
+        report.read_cells(path)
+
+
+def test_the_committed_run_can_be_compared_with():
+    run = report.read_cells(ROOT / "benchmarks" / "results" / "cpu-amd-epyc-zen4" / "bench.json")
+    names = {cell.name for cell in every_cell()}
+    assert len(run.results) > 800
+    assert {result.cell.name for result in run.results} <= names
+
+
+def test_a_peer_that_is_measured_later_joins_its_cell():
+    """Its ratio stays that of its own rounds; bnfused's time stays that of the first."""
+    results = [result(Band(2.0, 2.0, 2.0), saved={"torch": Saved(1, 1, 1)})]
+    report.merge(
+        results, [result(Band(3.0, 3.0, 3.0), peer="compile", ms=None), result(None, peer="compile", threads=2)]
+    )
+    first, second = results
+    assert (first.ratio("torch").median, first.ratio("compile").median) == (2.0, 3.0)
+    assert first.ms is not None and first.saved
+    assert second.threads == 2
 
 
 def test_summary_has_geomean_worst_and_target():
@@ -287,6 +457,23 @@ def test_summary_has_geomean_worst_and_target():
     assert summary.geomean == pytest.approx(4.0)
     assert summary.worst.configuration == "slow"
     assert summary.target == cases.TARGETS[cases.FIRST_32, "forward", "relu"][0]
+
+
+def test_summaries_and_closing_lines_keep_peers_apart():
+    """A fast peer must not hide behind a slow one; targets are those against eager torch."""
+    results = [
+        result(Band(2.0, 2.0, 2.0)),
+        result(Band(8.0, 8.0, 8.0), configuration="fast"),
+        result(Band(0.5, 0.5, 0.5), peer="cuDNN", configuration="slow"),
+    ]
+    summaries = report.summarize(results)
+    assert [(s.peer, s.count, s.geomean) for s in summaries] == [("torch", 2, pytest.approx(4.0)), ("cuDNN", 1, 0.5)]
+    assert summaries[1].target == cases.Target()
+    assert report.closing_lines(results) == [
+        "torch, all 2 cells: geometric mean 4.00, worst 2.00: 8x4x2x2 NCHW float32 forward relu T=1",
+        "cuDNN, all 1 cells: geometric mean 0.50, worst 0.50: slow forward relu T=1",
+    ]
+    assert report.closing_lines([]) == []
 
 
 def test_eval_of_all_layouts_is_one_group_but_tiny_ones_stay_apart():
@@ -313,7 +500,27 @@ def test_compare_says_what_is_beyond_noise():
     )
     changes = report.compare(before, after)
     assert [change.factor for change in changes] == [1.25, 1.25, 1.25]
-    assert [change.clear for change in changes] == [False, True, False]
+    assert [change.verdict for change in changes] == ["within noise", "faster", "within noise"]
+    assert [change.verdict for change in report.compare(after, before)] == ["within noise", "slower", "within noise"]
+    assert report.comparison_line(changes) == (
+        "3 cells: 1 faster, 0 slower, 2 within noise; geometric mean of the change 1.250"
+    )
+    console = report.make_console()
+    with console.capture() as captured:
+        for table in report.comparison_tables(changes):
+            console.print(table)
+    shown = [line.split() for line in captured.get().splitlines()]
+    assert [line[-1] for line in shown if line[-2:-1] == ["1.25"]] == ["faster"]
+    assert shown[-1][-3:] == ["0", "0", "1"]  # by group, add_relu comes last: within noise
+
+
+def test_compare_takes_each_peer_by_itself():
+    before = run_of(
+        dataclasses.replace(result(None), peers=result(Band(1, 1, 1)).peers | result(Band(2, 2, 2), "cuDNN").peers)
+    )
+    after = run_of(result(Band(4.0, 4.0, 4.0), peer="cuDNN"))
+    (change,) = report.compare(before, after)
+    assert (change.peer, change.factor) == ("cuDNN", 2.0)
 
 
 def test_tables_print_what_was_not_measured_as_a_dash():
@@ -323,6 +530,212 @@ def test_tables_print_what_was_not_measured_as_a_dash():
     lines = [line for line in captured.get().splitlines() if "forward" in line]
     assert "2.00x" not in lines[0] and " - " in lines[0]
     assert "2.00x" in lines[1] and "1.50-2.50" in lines[1] and "25%" in lines[1]
+    assert lines[1].split()[2:5] == ["0.000977", "1", "0.00102"]  # 1024 B in 1 ms
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
+def test_what_is_kept_for_the_backward(extension, layout):
+    """In sizes of x: both keep x, torch's ReLU keeps its output too; the rest is per channel, or a bit per value.
+
+    The sum per channel: weight, bias, statistics and what is computed of them, at most 8 values of 8 bytes.
+    """
+    configuration = Configuration((8, 16, 28, 28), layout, "float32", cases.FIRST_32, ("forward",))
+    tensors = peers.Tensors(configuration, torch.device("cpu"), seed=0)
+    per_channel = 8 * 8 * 16
+    for fusion in cases.FUSIONS:
+        saved = {
+            name: memory.saved_for_backward(peers.forward_function(name, tensors, True, fusion), tensors.inputs(fusion))
+            for name in ("torch", "bnfused")
+        }
+        activation = configuration.activation_bytes
+        assert saved["torch"].output == (activation if fusion != "plain" else 0)
+        assert saved["bnfused"].output == 0
+        mask = activation // 32 if fusion == "add_relu" else 0
+        assert mask <= saved["bnfused"].other <= mask + per_channel
+        assert saved["torch"].other <= per_channel
+        assert activation <= saved["torch"].inputs <= activation + per_channel
+        # x; where it is added, the residual may be kept too
+        assert activation <= saved["bnfused"].inputs <= (1 + (fusion == "add_relu")) * activation + per_channel
+
+
+def test_a_storage_is_counted_once_and_whole():
+    """A view and its base are one; what the graph does not keep does not count."""
+    x = torch.randn(100, requires_grad=True)
+    weight = torch.randn(10)
+
+    def forward():
+        part = torch.exp(x)  # keeps its result
+        return (part[:10] * weight).sum() + part[10:20].square().sum() + x.mean()
+
+    assert memory.saved_for_backward(forward, [x, weight]) == Saved(inputs=40, output=0, other=400)
+    assert memory.saved_for_backward(lambda: torch.exp(x), [x]) == Saved(0, 400, 0)
+
+
+# --- pictures ---
+
+
+def drawn(monkeypatch) -> list:
+    """The figures that are saved from now on."""
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def lines_of(axes) -> dict[str, list[tuple[float, float]]]:
+    return {line.get_label(): list(map(tuple, line.get_xydata())) for line in axes.get_lines()}
+
+
+def test_a_sweep_is_drawn_under_its_roofs(monkeypatch):
+    """GB/s of each fusion against the size, the copy of the same tensor above it, and the copy that no cache holds."""
+    swept = [
+        result(
+            Band(2.0, 2.0, 2.0),
+            configuration=f"{n}",
+            shape=(n, 4, 2, 2),
+            family=f"batch sweep, {layout}",
+            layout=layout,
+            copy_ms=Band(1e-4, 1e-4, 1e-4),
+            pass_name=pass_name,
+        )
+        for n in (8, 2)
+        for layout, pass_name in pictures.SWEEP_PANELS
+    ]
+    figures = drawn(monkeypatch)
+    pictures.save_sweeps(run_of(*swept), Path("unused.png"))
+    (figure,) = figures
+    panels = figure.axes
+    assert [axes.get_title() for axes in panels] == [
+        f"{pass_name}, {layout}" for layout, pass_name in pictures.SWEEP_PANELS
+    ]
+    for axes in panels:
+        lines = lines_of(axes)
+        assert lines["bnfused, +ReLU"] == pytest.approx([(2, 1024 / 1e-3 / 1e9), (8, 1024 / 1e-3 / 1e9)])
+        assert lines["torch, +ReLU"] == pytest.approx([(2, 1024 / 2e-3 / 1e9), (8, 1024 / 2e-3 / 1e9)])
+        assert lines["roof: a copy of x"] == pytest.approx([(2, 2 * 128 / 1e-7 / 1e9), (8, 2 * 512 / 1e-7 / 1e9)])
+        assert lines["roof: a copy that no cache holds"] == [(2, 10.0), (8, 10.0)]
+        assert axes.get_xlabel() == "batch size N of (N, 4, 2, 2)"
+    assert panels[0].get_ylabel().startswith("GB/s")
+    with pytest.raises(ValueError, match="results of a sweep"):
+        pictures.save_sweeps(run_of(result(Band(1.0, 1.0, 1.0))), Path("unused.png"))
+
+
+def test_ratios_and_speeds_are_drawn_by_group(monkeypatch):
+    figures = drawn(monkeypatch)
+    pictures.save_ratios(run_of(result(Band(1.5, 2.0, 2.5))), Path("unused.png"))
+    left, right = figures[0].axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["channels first float32, forward +ReLU"]
+    assert 2.0 in [x for line in left.get_lines() for x in line.get_xdata()]
+    assert 0.25 in [x for line in right.get_lines() for x in line.get_xdata()]
+    with pytest.raises(ValueError, match="at least one cell"):
+        pictures.save_ratios(run_of(result(None)), Path("unused.png"))
+
+
+# --- networks ---
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters", "fused"),
+    [
+        (models.resnet18, 11_689_512, {"batch_norm+relu": 9, "batch_norm+add+relu": 8, "batch_norm": 3}),
+        (models.resnet50, 25_557_032, {"batch_norm+relu": 33, "batch_norm+add+relu": 16, "batch_norm": 4}),
+        (models.MobileNetV2, 3_504_872, {"batch_norm+relu6": 35, "batch_norm+add": 10, "batch_norm": 7}),
+        (models.DenseNet121, 7_978_856, {"batch_norm+relu": 121}),
+    ],
+)
+def test_networks_are_those_of_the_papers(extension, make, parameters, fused):
+    """As many parameters as torchvision's, and as much to fuse (tests/test_networks.py)."""
+    model = make()
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert peers.bnfused.fusion_report(peers.bnfused.convert(model)).counts == fused
+
+
+def test_a_network_that_converts_wrongly_is_not_timed(extension, tmp_path, monkeypatch, capsys):
+    """It is named, once for each case, and the exit status tells."""
+
+    def wrong(model):
+        converted = convert(model)
+        with torch.no_grad():
+            next(m for m in converted.modules() if isinstance(m, nn.BatchNorm2d)).bias += 1e-3
+        return converted
+
+    convert = steps.bnfused.convert
+    monkeypatch.setattr(steps.bnfused, "convert", wrong)
+    monkeypatch.setattr(networks, "CHECKED_SIZE", 33)
+    numbers = tmp_path / "run.json"
+    assert networks.main([*NETWORKS, "--networks", "MobileNetV2", "--json", str(numbers)]) == 1
+    found = json.loads(numbers.read_text())
+    assert found["results"] == []
+    assert len(found["failed"]) == 1 and "in float64" in found["failed"][0]
+
+
+NETWORKS = ["--size", "33", "--batch-size", "2", "--rounds", "1", "--threads", "1", "--dtypes", "float32"]
+
+
+def network_result(**changes: object) -> networks.NetworkResult:
+    samples = {"torch": [0.4, 0.8, None], "bnfused": [0.2, 0.2, 0.1]}
+    case = networks.Case("ResNet-50", "bfloat16", "channels_last")
+    made = networks.network_result(case, 8, 64, samples, {"torch": 200, "bnfused": 150})
+    return dataclasses.replace(made, **changes)
+
+
+def test_images_per_second_are_of_the_median_step_and_ratios_of_pairs():
+    made = network_result()
+    assert made.images_per_second == pytest.approx({"torch": 8 / 0.6, "bnfused": 8 / 0.2})
+    assert (made.ratio.median, made.pairs) == (3.0, 2)
+    console = report.make_console()
+    with console.capture() as captured:
+        console.print(networks.results_table([made]))
+    (row,) = (line for line in captured.get().splitlines() if line.startswith("ResNet-50"))
+    shown = "ResNet-50 bfloat16 channels_last 8 600.0 200.0 3.00x 2.50-3.50 2 (few) 13.3 40 0.000191 0.000143 75%"
+    assert " ".join(row.split()) == shown
+
+
+def test_networks_are_drawn_with_speed_and_memory(monkeypatch):
+    figures = drawn(monkeypatch)
+    run = Run(ENVIRONMENT, {"size": 64, "memory": "bytes"}, [network_result(), network_result(ratio=None)])
+    pictures.save_networks(run, Path("unused.png"))
+    speed, kept = figures[0].axes
+    assert sorted({round(bar.get_height(), 3) for bar in speed.patches}) == [13.333, 40.0]
+    assert {round(bar.get_height() * 2**20) for bar in kept.patches} == {200, 150}
+    assert {"3.00x"} == {text.get_text() for text in speed.texts}
+
+
+def test_what_is_most_used_is_measured_first():
+    found = networks.all_cases(networks.NETWORKS, networks.DTYPES, networks.LAYOUTS)
+    assert len(set(found)) == len(found) == 12
+    assert [case.name for case in found[:4]] == [
+        "ResNet-50 bfloat16 channels_last",
+        "MobileNetV2 bfloat16 channels_last",
+        "DenseNet-121 bfloat16 channels_last",
+        "ResNet-50 bfloat16 NCHW",
+    ]
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    """Until it fits, and down to one image; other errors are not swallowed."""
+    tried = []
+
+    def measure(case, batch, *_):
+        tried.append(batch)
+        if batch > 3:
+            raise torch.OutOfMemoryError("no")
+        return network_result(batch=batch), False
+
+    monkeypatch.setattr(networks, "measure", measure)
+    options = networks.parse_arguments(["--batch-size", "12"])
+    case = networks.Case("ResNet-50", "float32", "NCHW")
+    made, interrupted = networks.measure_what_fits(case, options, None, lambda done: None)
+    assert (tried, made.batch, interrupted) == ([12, 6, 3], 3, False)
+
+    def never_fits(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(networks, "measure", never_fits)
+    with pytest.raises(torch.OutOfMemoryError):
+        networks.measure_what_fits(case, options, None, lambda done: None)
 
 
 # --- refusing to time what is wrong ---
@@ -330,27 +743,27 @@ def test_tables_print_what_was_not_measured_as_a_dash():
 
 def test_wrong_results_are_not_timed(extension, monkeypatch):
     """An implementation that is a little off must not get a number, however fast it is."""
-    right = bench.bnfused.functional.batch_norm
+    right = peers.bnfused.functional.batch_norm
 
     def wrong(x, mean, var, weight, bias, *rest, **keywords):
         return right(x, mean, var, weight, bias + 0.01, *rest, **keywords)
 
     configuration = Configuration((8, 4), "NC", "float32", cases.TINY, ("forward", "backward"))
-    tensors = bench.Tensors(configuration, torch.device("cpu"), seed=0)
+    tensors = peers.Tensors(configuration, torch.device("cpu"), seed=0)
     cells = configuration.cells(1)
-    bench.check_agreement(configuration, cells, tensors)
-    monkeypatch.setattr(bench.bnfused.functional, "batch_norm", wrong)
+    peers.check_agreement(configuration, cells, tensors)
+    monkeypatch.setattr(peers.bnfused.functional, "batch_norm", wrong)
     with pytest.raises(ValueError, match="y of torch and bnfused differ"):
-        bench.check_agreement(configuration, cells, tensors)
+        peers.check_agreement(configuration, cells, tensors)
 
 
 def test_every_small_cell_agrees(extension):
     """Every pass, fusion and layout of the benchmark on shapes small enough for a test."""
     small = {2: (32, 4), 3: (4, 6, 8), 4: (4, 6, 5, 5), 5: (2, 3, 4, 5, 5)}
-    for configuration in cases.configurations(cases.DTYPE_BYTES, quick=False):
+    for configuration in cases.cpu_configurations(cases.DTYPE_BYTES, quick=False):
         shrunk = dataclasses.replace(configuration, shape=small[len(configuration.shape)])
-        tensors = bench.Tensors(shrunk, torch.device("cpu"), seed=1)
-        bench.check_agreement(shrunk, shrunk.cells(1), tensors)
+        tensors = peers.Tensors(shrunk, torch.device("cpu"), seed=1)
+        peers.check_agreement(shrunk, shrunk.cells(1), tensors)
 
 
 # --- the training demo ---
@@ -526,20 +939,172 @@ def test_bench_from_end_to_end(extension, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "64x256 NC float32, T=1" in done.stdout
-    run = Run.read(numbers)
+    run = report.read_cells(numbers)
     assert [cell.cell.fusion for cell in run.results] == ["plain", "relu"] * 3
-    assert all(cell.pairs <= 4 and cell.bytes > 0 for cell in run.results)
+    assert all(cell.peers["torch"].pairs <= 4 and cell.bytes > 0 for cell in run.results)
+    assert {name for cell in run.results for name in cell.saved} == {"torch", "bnfused"}
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     compared = run_script("bench.py", "--compare", numbers, numbers, cwd=tmp_path)
     assert compared.returncode == 0, compared.stdout + compared.stderr
     assert "64x256 NC float32 forward relu T=1" in compared.stdout
+    assert re.search(r"^\d cells: 0 faster, 0 slower, \d within noise", compared.stdout, re.MULTILINE)
+
+
+def bench_run(folder: Path, *arguments: str) -> tuple[int, Run[CellResult]]:
+    """bench.py here, on a CPU, with the tensors of a GPU made small."""
+    numbers = folder / "bench.json"
+    every = ["--cases", "cuda", "--tiny", "--threads", "1", "--rounds", "1", "--json", str(numbers), *arguments]
+    return bench.main(every), report.read_cells(numbers)
+
+
+RESNET = ("--filter", "^ResNet-50 .*channels_last bfloat16", "--peers", "torch")
+
+
+def test_a_gpus_run_on_the_cpu(extension, tmp_path, capsys):
+    """The same script and file; the last lines are each peer's mean and worst cell."""
+    status, found = bench_run(tmp_path, *RESNET, "--picture", str(tmp_path / "bench.png"))
+    assert status == 0
+    assert [(r.pass_name, r.fusion) for r in found.results] == [
+        (pass_name, fusion) for pass_name in ("forward", "forward+backward") for fusion in cases.FUSIONS
+    ]
+    assert found.environment["torch"] == torch.__version__
+    assert {"commit", "date", "device", "bnfused_build"} <= set(found.environment)
+    assert found.failed == found.not_measured == []
+    assert "geometric mean" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_compiled_peers_run_the_unfused_forward(extension, tmp_path, monkeypatch):
+    """With a stand-in for torch.compile, which takes seconds: each mode, each fusion, and where they are meant to."""
+    modes = []
+
+    def stand_in(function, *, mode, **_):
+        modes.append(mode)
+        return function
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    status, found = bench_run(tmp_path, "--filter", "^MLP .* NC float32")
+    assert status == 0
+    assert set(modes) == set(peers.COMPILE_MODES.values())
+    assert {(r.pass_name, r.fusion) for r in found.results} == {
+        (pass_name, fusion) for pass_name in ("forward", "forward+backward") for fusion in cases.FUSIONS
+    }
+    assert all(set(peers.COMPILE_MODES) < set(r.peers) for r in found.results)
+
+
+def test_what_is_compiled_comes_after_all_that_is_not():
+    """cuDNN and torch share a measurement, each compile has its own, and no backward of a kept graph."""
+    some = [
+        Configuration(
+            (2, 4), "NC", "float32", cases.TINY, ("forward", "backward"), ("plain", "relu"), compiled=compiled
+        )
+        for compiled in (True, False)
+    ]
+    work = bench.plan_measurements(some, [1, 2], "", peers.PEERS, every=False)
+    assert [what.peers for what in work] == [("torch", "cuDNN")] * 4 + [("compile",)] * 2 + [("max-autotune",)] * 2 + [
+        ("compile",)
+    ] * 2 + [("max-autotune",)] * 2
+    assert [what.threads for what in work[:4]] == [1, 2, 1, 2]
+    assert all(cell.pass_name == "forward" for what in work[4:] for cell in what.cells)
+    everything = bench.plan_measurements(some, [1], "", ("compile",), every=True)
+    assert [what.configuration.compiled for what in everything] == [True, True, False, False]
+
+
+def test_what_fails_is_named_and_the_rest_is_measured(extension, tmp_path, monkeypatch):
+    """A wrong result gets no time, and the exit status tells."""
+    right = peers.bnfused.functional.batch_norm
+
+    def wrong_on_mlp(x, mean, var, weight, bias, *rest, **keywords):
+        return right(x, mean, var, weight, bias + (0.1 if x.dim() == 2 else 0), *rest, **keywords)
+
+    monkeypatch.setattr(peers.bnfused.functional, "batch_norm", wrong_on_mlp)
+    status, found = bench_run(tmp_path, "--filter", "^(MLP|U-Net).* float32", "--peers", "torch")
+    assert status == 1
+    assert {message.split()[0] for message in found.failed} == {"MLP"}
+    assert all("differ" in message for message in found.failed)
+    assert {r.configuration.split()[0] for r in found.results} == {"U-Net"}
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_has(extension, tmp_path, monkeypatch):
+    """The file is whole after every tensor, and names what is missing after a limit or Ctrl-C."""
+    measured = bench.measure
+    seen = []
+
+    def interrupted_at_the_third(*arguments):
+        if len(seen) == 2:
+            assert len(report.read_cells(tmp_path / "bench.json").results) == 12
+            raise KeyboardInterrupt
+        seen.append(1)
+        return measured(*arguments)
+
+    monkeypatch.setattr(bench, "measure", interrupted_at_the_third)
+    status, found = bench_run(tmp_path, "--filter", " channels_last bfloat16", "--peers", "torch")
+    assert status == 130
+    assert found.interrupted and len(found.results) == 12
+    assert len(found.not_measured) == 2  # of the four networks with images
+
+    status, found = bench_run(tmp_path, *RESNET, "--limit", "0")
+    assert status == 1
+    assert found.results == [] and len(found.not_measured) == 1
+
+
+def test_a_sweep_from_end_to_end(extension, tmp_path):
+    picture = tmp_path / "sweep.png"
+    arguments = [
+        "--sweep",
+        "batch,threads",
+        "--filter",
+        "channels_last float32 .*forward plain",
+        "--picture",
+        str(picture),
+    ]
+    assert bench.main([*arguments, "--tiny", "--quick", "--rounds", "1", "--json", str(tmp_path / "a.json")]) == 0
+    swept = report.read_cells(tmp_path / "a.json").results
+    assert {r.family for r in swept} == {"batch sweep, channels_last", "threads sweep, channels_last"}
+    assert len({r.threads for r in swept if r.family.startswith("batch")}) == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_networks_from_end_to_end(extension, tmp_path):
+    """One network in one layout; Ctrl-C and the limit are the bench's."""
+    numbers, picture = tmp_path / "networks.json", tmp_path / "networks.png"
+    arguments = [*NETWORKS, "--networks", "MobileNetV2", "--layouts", "channels_last", "--json", numbers]
+    done = run_script("networks.py", *arguments, "--picture", picture, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(numbers.read_text())
+    (row,) = found["results"]
+    assert (row["network"], row["dtype"], row["layout"]) == ("MobileNetV2", "float32", "channels_last")
+    assert set(row["memory"]) == {"torch", "bnfused"} and min(row["memory"].values()) > 0
+    assert "what the graph keeps" in found["settings"]["memory"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_networks_that_are_cut_off_are_named(extension, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(networks, "check", lambda *_: None)
+    results = iter([(network_result(), False)])
+    monkeypatch.setattr(networks, "measure_what_fits", lambda *_: next(results, None) or interrupt())
+    numbers = tmp_path / "networks.json"
+    assert networks.main([*NETWORKS, "--layouts", "NCHW", "--json", str(numbers)]) == 130
+    found = json.loads(numbers.read_text())
+    assert found["interrupted"] and len(found["results"]) == 1
+    assert found["not_measured"] == ["MobileNetV2 float32 NCHW", "DenseNet-121 float32 NCHW"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--device", "cuda"), "no benchmark on cuda here"),
+        pytest.param(
+            ("--device", "cuda"),
+            "no GPU is visible",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
+        (("--device", "cuda", "--threads", "2"), "are for a CPU"),
+        (("--sweep", "depth"), "expected some of batch"),
+        (("--peers", "apex"), "expected some of torch"),
+        (("--picture", "x.gif"), "ends in .png"),
         (("--filter", "nothing has this name"), "No cell matches"),
         (("--compare", "missing.json", "missing.json"), "missing.json"),
         (("--dtypes", "int8"), "expected some of float32"),

@@ -1,0 +1,74 @@
+"""Arguments that more than one of the benchmarks takes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import results_folder
+
+
+def parse_threads(text: str) -> list[int]:
+    """``1,all`` -> [1, number of cores], without repeats."""
+    cores = os.cpu_count() or 1
+    try:
+        counts = [cores if part.strip() == "all" else int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers or 'all', got {text!r}") from None
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least one thread, got {text!r}")
+    return list(dict.fromkeys(counts))
+
+
+def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of names with commas between them."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(part.strip() for part in text.split(","))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}; got {name!r}")
+        return names
+
+    return parse
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here, after every measurement")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="write a plot here")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help=f"write both to benchmarks/results/<device>/{name}.json and .png",
+    )
+
+
+def check_output_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.picture is None:
+        return
+    if options.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"--picture: expected a name that ends in .png, .svg or .pdf, got {options.picture}")
+    if importlib.util.find_spec("matplotlib") is None:
+        # Better known now than after measuring.
+        parser.error("--picture needs matplotlib: pip install matplotlib")
+
+
+def set_output_files(options: argparse.Namespace, environment: Mapping[str, object], name: str) -> None:
+    """--keep, for what --json and --picture do not say."""
+    if options.keep:
+        options.json = options.json or results_folder(environment) / f"{name}.json"
+        if importlib.util.find_spec("matplotlib") is not None:
+            options.picture = options.picture or results_folder(environment) / f"{name}.png"
+
+
+def plain(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON has them."""
+    return {
+        name: str(value) if isinstance(value, (Path, torch.device)) else value for name, value in vars(options).items()
+    }
