@@ -92,19 +92,9 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
     });
     return;
   }
-  const auto moments = std::make_unique<Moments[]>(p.channels * parts);
-  at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Part part = part_of(p, i % parts, parts);
-      moments[i] = slab_moments(leaf, x + part.first(p, i / parts), part.runs(p));
-    }
-  });
   const auto coefficients = std::make_unique<Affine<A>[]>(p.channels);
-  for (int64_t c = 0; c < p.channels; ++c) {
-    Moments m;
-    for (int64_t i = 0; i < parts; ++i) m.merge(moments[c * parts + i]);
-    coefficients[c] = finish.template channel<A>(c, m);
-  }
+  for_each_channel_of_planes(p, x, parts,
+                             [&](int64_t c, const Moments& m) { coefficients[c] = finish.template channel<A>(c, m); });
   at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) {
       apply_part(i / parts, part_of(p, i % parts, parts), coefficients[i / parts], 0);
@@ -117,33 +107,13 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
-  const RowView sum_view = row_view(p, kSumColumns, false);
   const RowView view = row_view(p, kApplyColumns, args.mask != nullptr);
   const auto apply =
       leaf.apply[int(Layout::kRows)][streams<T>(p, view.columns, {args.y})][int(forward_kind(args.epilogue))];
-  const T* x = static_cast<const T*>(args.x);
-
-  const RowTasks sum_tasks(p, sum_view);
-  std::vector<ColumnMoments<T>> moments;
-  moments.reserve(sum_tasks.count());
-  for (int64_t task = 0; task < sum_tasks.count(); ++task) moments.emplace_back(sum_view.columns);
-  at::parallel_for(0, sum_tasks.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      for_rows(sum_view, sum_tasks.begin(task), sum_tasks.end(task),
-               [&](Runs runs, int64_t at) { moments[task].add(leaf, x + at, runs); });
-    }
-  });
 
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
-  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      Moments m;
-      for (const auto& of_task : moments) {
-        for (int64_t column = c; column < sum_view.columns; column += p.channels) m.merge(of_task[column]);
-      }
-      coefficients.set(c, finish.template channel<A>(c, m));
-    }
-  });
+  for_each_channel_of_rows(p, static_cast<const T*>(args.x),
+                           [&](int64_t c, const Moments& m) { coefficients.set(c, finish.template channel<A>(c, m)); });
 
   const RowTasks tasks(p, view);
   at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {

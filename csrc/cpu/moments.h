@@ -167,4 +167,49 @@ class ColumnMoments {
   std::unique_ptr<double[]> sums_, squares_, mean_, m2_;
 };
 
+// Calls f(channel, moments) for every channel of the planes layout, each summed in `parts` parts.
+template <class T, class F>
+void for_each_channel_of_planes(const Problem& p, const T* x, int64_t parts, F f) {
+  const Leaves<T>& leaf = best_leaves<T>();
+  const auto moments = std::make_unique<Moments[]>(p.channels * parts);
+  const int64_t grain = parts == 1 ? grain_for(p.rows()) : 1;
+  at::parallel_for(0, p.channels * parts, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Part part = part_of(p, i % parts, parts);
+      moments[i] = slab_moments(leaf, x + part.first(p, i / parts), part.runs(p));
+    }
+  });
+  for (int64_t c = 0; c < p.channels; ++c) {
+    Moments m;
+    for (int64_t i = 0; i < parts; ++i) m.merge(moments[c * parts + i]);
+    f(c, m);
+  }
+}
+
+// The same for the rows layout; f is called on several threads, for each channel once.
+template <class T, class F>
+void for_each_channel_of_rows(const Problem& p, const T* x, F f) {
+  const Leaves<T>& leaf = best_leaves<T>();
+  const RowView view = row_view(p, kSumColumns, /*with_mask=*/false);
+  const RowTasks tasks(p, view);
+  std::vector<ColumnMoments<T>> moments;
+  moments.reserve(tasks.count());
+  for (int64_t task = 0; task < tasks.count(); ++task) moments.emplace_back(view.columns);
+  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      for_rows(view, tasks.begin(task), tasks.end(task),
+               [&](Runs runs, int64_t at) { moments[task].add(leaf, x + at, runs); });
+    }
+  });
+  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Moments m;
+      for (const auto& of_task : moments) {
+        for (int64_t column = c; column < view.columns; column += p.channels) m.merge(of_task[column]);
+      }
+      f(c, m);
+    }
+  });
+}
+
 }  // namespace bnfused::cpu
