@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +23,38 @@ from bnfused.modules import _FusedForward
 
 # torch 2.13 renamed it, and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Hierarchy:
+    """Process groups that make up a larger one, for one collective in ``inner`` and then one in ``outer``.
+
+    Stands wherever a process group does here. ``inner`` is the processes of a node, ``outer`` those at this process's
+    place in each node: so many messages and bytes less cross the network (docs/sync.md says when that pays).
+    """
+
+    inner: Any
+    outer: Any
+
+
+def hierarchy(size: int, timeout: timedelta | None = None) -> Hierarchy:
+    """Groups of ``size`` consecutive ranks each, and the groups across them; every process has to call it.
+
+    Args:
+        size: the processes of a node, as a rule; torchrun's ``LOCAL_WORLD_SIZE``.
+        timeout: as for ``torch.distributed.new_group``.
+
+    Raises:
+        ValueError: ``size`` does not divide the number of processes; on every one, before a group is made.
+    """
+    world = dist.get_world_size()
+    if size < 1 or world % size:
+        raise ValueError(f"hierarchy: expected a size that divides {world} processes, got {size}")
+    ranks = list(range(world))
+    nodes, places = [ranks[i : i + size] for i in range(0, world, size)], [ranks[i::size] for i in range(size)]
+    inner, _ = dist.new_subgroups_by_enumeration(nodes, timeout=timeout)
+    outer, _ = dist.new_subgroups_by_enumeration(places, timeout=timeout)
+    return Hierarchy(inner, outer)
 
 
 def sync_batch_norm(
@@ -47,7 +81,7 @@ def sync_batch_norm(
     the same ones.
 
     Args:
-        group: a ``ProcessGroup`` that this process is in; None means all processes.
+        group: a ``ProcessGroup`` that this process is in, or a ``Hierarchy``; None means all processes.
         the others: as for ``bnfused.functional.batch_norm``.
 
     Returns:
@@ -72,19 +106,15 @@ def sync_batch_norm(
         momentum = 0.0  # nothing counts the batches, so torch leaves the statistics alone
     group = dist.group.WORLD if group is None else group
 
-    channels = input.shape[1]
-    mean, m2, count = parts.batch_norm_stats(input.detach())
-    gathered = _gather(torch.cat([mean, m2, count.view(1)]), group)
-    counts = gathered[:, -1]
-    _refuse_single_value(counts, input)
+    moments = parts.batch_norm_stats(input.detach())
+    *inner, outermost = _levels(group)
+    for level in inner:
+        mean, var, total = parts.batch_norm_gather_stats(*_gather_moments(*moments, level))
+        moments = mean, var * total, total
+    gathered = _gather_moments(*moments, outermost)
+    _refuse_single_value(gathered[-1], input)
     mean, var, total = parts.batch_norm_gather_stats(
-        gathered[:, :channels],
-        gathered[:, channels:-1],
-        counts,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        momentum,
+        *gathered, running_mean, running_var, num_batches_tracked, momentum
     )
     settings = (eps, activation, activation_param)
     return SyncBatchNormFunction.apply(input, weight, bias, residual, mean, var, total, group, settings)
@@ -135,6 +165,7 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
     refuses to train it on the CPU. Nothing else in torch asks for it but DDP's log.
 
     Args:
+        process_group: as for ``torch.nn.SyncBatchNorm``, or a ``bnfused.sync.Hierarchy``.
         check_ranks: at its first synchronized call, and again where the group is another one, the module compares the
             number of channels and what else has to agree between the ranks, and raises on all of them where it does
             not. That costs a collective, and reading its result on the host.
@@ -200,7 +231,7 @@ def _group_to_sync(group: Any) -> Any:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if group is None else group
-    return group if dist.get_world_size(group) > 1 else None
+    return group if any(dist.get_world_size(level) > 1 for level in _levels(group)) else None
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -366,6 +397,17 @@ def _statistics(values: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tens
     return mean, _Sum.apply((values - per_channel).square().sum(dims), group) / count
 
 
+def _levels(group: Any) -> tuple[Any, ...]:
+    return (group.inner, group.outer) if isinstance(group, Hierarchy) else (group,)
+
+
+def _gather_moments(mean: Tensor, m2: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of every rank, in one collective: ``(world, C)`` twice, and ``(world,)``."""
+    gathered = _gather(torch.cat([mean, m2, count.view(1)]), group)
+    channels = mean.numel()
+    return gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1]
+
+
 def _gather(values: Tensor, group: Any) -> Tensor:
     """``values`` of every rank, ``(world, *)``."""
     gathered = values.new_empty(dist.get_world_size(group) * values.numel())
@@ -375,7 +417,8 @@ def _gather(values: Tensor, group: Any) -> Tensor:
 
 def _all_reduce(values: Tensor, group: Any) -> Tensor:
     """The sum of ``values`` over all ranks, in place."""
-    _collective("all_reduce", dist.all_reduce, group, values)
+    for level in _levels(group):
+        _collective("all_reduce", dist.all_reduce, level, values)
     return values
 
 
@@ -401,11 +444,11 @@ def _refuse_single_value(counts: Tensor, input: Tensor) -> None:
     """
     if reference.rows_of(input) > 1:
         return
-    message = f"Expected more than 1 value per channel in all ranks together when training, got input {input.shape}"
+    message = "Expected more than 1 value per channel in all ranks together when training"
     if counts.is_cpu and not torch.compiler.is_compiling():
         if counts.sum() == 1:
-            raise ValueError(message)
-    else:
+            raise ValueError(f"{message}, got input {input.shape}")
+    else:  # without the shape: a graph for any batch size has none to print
         torch._assert_async(counts.sum() != 1, message)
 
 
@@ -431,8 +474,10 @@ def _compare_ranks_once(module: nn.Module, input: Tensor, group: Any) -> None:
         return
     reference.check_input(input)
     ours = [input.shape[1], reference.DTYPES.index(input.dtype), torch.is_grad_enabled() and input.requires_grad]
-    found = _gather(torch.tensor(ours, dtype=torch.int64, device=input.device), group).tolist()
-    ranks = dist.get_process_group_ranks(group)
+    values = torch.tensor([*ours, dist.get_rank()], dtype=torch.int64, device=input.device)
+    for level in _levels(group):
+        values = _gather(values, level).flatten()
+    found = values.view(-1, len(ours) + 1).tolist()
     # The value of each, by what was sent for it.
     names: dict[str, Callable[[int], Any]] = {
         "number of channels": int,
@@ -441,6 +486,6 @@ def _compare_ranks_once(module: nn.Module, input: Tensor, group: Any) -> None:
     }
     for i, (what, name) in enumerate(names.items()):
         if any(of_rank[i] != found[0][i] for of_rank in found):
-            listed = ", ".join(f"{name(of_rank[i])} on rank {rank}" for rank, of_rank in zip(ranks, found, strict=True))
+            listed = ", ".join(f"{name(of_rank[i])} on rank {of_rank[-1]}" for of_rank in found)
             raise RuntimeError(f"SyncBatchNorm: expected the same {what} of input on every rank, got {listed}")
     _compared[module] = weakref.ref(group)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import bnfused
+
 # How long a rank waits for another: far more than a loaded machine takes, since only what is broken waits so long.
 PATIENCE = timedelta(seconds=120)
 
@@ -80,11 +82,11 @@ class Ranks:
         self._folder.cleanup()
 
 
-_groups: dict[int, Any] = {}
+_groups: dict[int | str, Any] = {}
 
 
-def group_of(size: int) -> Any:
-    """The group of the first ``size`` ranks."""
+def group_of(size: int | str) -> Any:
+    """The group of the first ``size`` ranks; or all of them as a hierarchy of two in a node, ``"2x2"``."""
     return _groups[size]
 
 
@@ -93,6 +95,8 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=PATIENCE)
     for size in range(1, world + 1):
         _groups[size] = dist.new_group(list(range(size)), timeout=PATIENCE)
+    if world == 4:
+        _groups["2x2"] = bnfused.sync.hierarchy(2, timeout=PATIENCE)
     with contextlib.suppress(EOFError):
         while True:
             function, arguments = pickle.loads(pipe.recv_bytes())

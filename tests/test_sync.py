@@ -49,7 +49,7 @@ def module_of(p: Problem, group) -> bnfused.SyncBatchNorm:
     return bn
 
 
-def step(p: Problem, size: int) -> dict[str, Tensor | None]:
+def step(p: Problem, size: int | str) -> dict[str, Tensor | None]:
     """On a rank: forward and backward of this rank's part; what ``oracle.expected`` names, and the counter."""
     bn = module_of(p, ranks.group_of(size))
     x = p.x.detach().requires_grad_()
@@ -83,10 +83,12 @@ def split(p: Problem, sizes: list[int], layout: str) -> list[Problem]:
     ]
 
 
-def check_split(four: Ranks, p: Problem, sizes: list[int], layout: str = "contiguous") -> None:
+def check_split(
+    four: Ranks, p: Problem, sizes: list[int], layout: str = "contiguous", group: int | str | None = None
+) -> None:
     """All that the ranks return for their parts of ``p`` is what one process returns for ``p``."""
     parts = split(p, sizes, layout)
-    results = four.run(step, [(part, len(sizes)) for part in parts])
+    results = four.run(step, [(part, group or len(sizes)) for part in parts])
     truth = oracle.expected(p)
     for name, expected in truth.values.items():
         found = [r[name] for r in results]
@@ -150,7 +152,20 @@ def test_merges_what_cancels(four, regime):
     check_split(four, cases.make((12, 5, 7, 3), regime=regime, zero_stats=True), [3, 0, 8, 1])
 
 
-def many_steps(size: int, steps: int, seed: int) -> list[Tensor]:
+@pytest.mark.parametrize("regime", ["normal", "mean_1e4_std_0.01"])
+@pytest.mark.parametrize("sizes", [[3, 1, 0, 4], [0, 0, 2, 5]], ids=str)
+def test_hierarchy(four, sizes, regime):
+    """Two collectives each way, of fewer messages between the nodes; the same results, on a node of empty ranks too."""
+    options = {"residual": True, "activation": "relu"} if regime == "normal" else {"regime": regime, "zero_stats": True}
+    check_split(four, cases.make((sum(sizes), 5, 3, 4), **options), sizes, group="2x2")
+
+
+def test_hierarchy_needs_whole_nodes(four):
+    for outcome in four.outcomes(bnfused.sync.hierarchy, [(3,)] * 4):
+        assert "expected a size that divides 4 processes, got 3" in outcome.message
+
+
+def many_steps(size: int | str, steps: int, seed: int) -> list[Tensor]:
     """On a rank: running statistics after steps of random sizes, empty ones among them."""
     generator = torch.Generator().manual_seed(seed)
     bn = bnfused.SyncBatchNorm(3, process_group=ranks.group_of(size))
@@ -161,17 +176,17 @@ def many_steps(size: int, steps: int, seed: int) -> list[Tensor]:
     return [bn.running_mean, bn.running_var, bn.num_batches_tracked]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, "2x2"])
 def test_ranks_stay_bitwise_equal(four, seed, size):
     """A thousand steps of uneven batches drift nowhere."""
-    results = four.run(many_steps, [(size, 1000, seed + rank) for rank in range(size)])
+    results = four.run(many_steps, [(size, 1000, seed + rank) for rank in range(4 if size == "2x2" else size)])
     assert int(results[0][2]) == 1000
     for of_rank in results[1:]:
         for first, other in zip(results[0], of_rank, strict=True):
             assert checks.same_bits(first, other)
 
 
-def penalty_grads(p: Problem, size: int, order: int) -> list[Tensor]:
+def penalty_grads(p: Problem, size: int | str, order: int) -> list[Tensor]:
     """On a rank: gradients of a penalty on the gradient, of the second or third order."""
     bn = module_of(p, ranks.group_of(size))
     return _penalty(p, bn.weight, bn.bias, lambda x, r: bn(x, r, p.activation), order)
@@ -190,7 +205,8 @@ def _penalty(p: Problem, weight: Tensor, bias: Tensor, function, order: int) -> 
 def test_derivatives_of_higher_order(four, order):
     """Through the collectives, an empty rank included; torch's SyncBatchNorm has none."""
     p = cases.make((6, 3, 4), dtype=torch.float64, residual=True, activation="silu")
-    found = four.run(penalty_grads, [(part, 3, order) for part in split(p, [2, 0, 4], "contiguous")])
+    group, sizes = random.choice(((3, [2, 0, 4]), ("2x2", [2, 0, 3, 1])))
+    found = four.run(penalty_grads, [(part, group, order) for part in split(p, sizes, "contiguous")])
     weight, bias = p.weight.clone().requires_grad_(), p.bias.clone().requires_grad_()
 
     def formula(x, r):
@@ -508,7 +524,7 @@ def test_fsdp2(four):
             checks.assert_within("statistics", actual, wanted, limits)
 
 
-def compiled_and_eager(p: Problem, size: int, backend: str) -> tuple[dict, dict]:
+def compiled_and_eager(p: Problem, size: int | str, backend: str) -> tuple[dict, dict]:
     """On a rank: the same step by fullgraph torch.compile and eagerly."""
     results = []
     for compiled in (True, False):
@@ -525,13 +541,19 @@ def compiled_and_eager(p: Problem, size: int, backend: str) -> tuple[dict, dict]
 
 
 @pytest.mark.parametrize(
-    "backend, shape, sizes",
-    [("aot_eager", (5, 4, 6), [2, 3]), ("aot_eager", (4, 4), [1, 0, 3]), ("inductor", (5, 4, 6), [2, 3])],
+    "backend, shape, sizes, group",
+    [
+        ("aot_eager", (4, 4, 6), [2, 2], 2),
+        ("aot_eager", (6, 4, 6), [2, 2, 2], 3),  # the same shapes, in another group
+        ("aot_eager", (4, 4), [1, 0, 3], 3),
+        ("aot_eager", (5, 4, 6), [2, 0, 1, 2], "2x2"),
+        ("inductor", (5, 4, 6), [2, 3], 2),
+    ],
 )
-def test_compiles_to_one_graph(four, backend, shape, sizes):
+def test_compiles_to_one_graph(four, backend, shape, sizes, group):
     """Collectives as nodes of the graph, and the same bits; also where a rank has to ask how many the others have."""
     p = cases.make(shape, residual=True, activation="relu", momentum=None)
-    parts = [(q, len(sizes), backend) for q in split(p, sizes, "contiguous")]
+    parts = [(q, group, backend) for q in split(p, sizes, "contiguous")]
     for compiled, eager in four.run(compiled_and_eager, parts):
         for name, value in eager.items():
             assert torch.equal(compiled[name], value), name
