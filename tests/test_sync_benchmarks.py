@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,9 @@ def test_benchmark_runs(tmp_path, extension):
     for name, (calls, size) in wanted.items():
         assert (cells[name]["calls"], cells[name]["bytes"]) == (calls, size), name
         assert len(cells[name]["seconds"]) == 2
+
+
+def test_demo(extension):
+    """Two processes end where one with the joint batch does; the script itself compares, in float64 and float32."""
+    output = torchrun(2, "train_digits_sync.py")
+    assert re.findall(r"^after (\d+) steps", output, re.MULTILINE) == ["120", "10"]
