@@ -30,7 +30,7 @@ from benchmarks.arguments import (
     some_of,
 )
 from benchmarks.cases import CHAIN, DEFAULT_DTYPES, DTYPE_BYTES, GPU_DTYPES, SWEEPS, Cell, Configuration, bytes_moved
-from benchmarks.memory import saved_for_backward
+from benchmarks.memory import Saved, saved_for_backward
 from benchmarks.peers import (
     COMPILE_MODES,
     COMPILED_PASSES,
@@ -181,7 +181,7 @@ def cell_result(
     configuration: Configuration,
     peers: Sequence[str],
     samples: Mapping[object, Sequence[float | None]],
-    saved: dict | None = None,
+    saved: dict[str, Saved] | None = None,
 ) -> CellResult:
     """Medians, quartiles and paired ratios of one cell from the samples of its measurement."""
     times = {}

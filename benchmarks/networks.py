@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import math
 import sys
 import time
@@ -152,6 +153,7 @@ def measure(
     memory = {}
     for name, original in originals.items():
         model = copy.deepcopy(original).to(device)
+        gc.collect()  # what is left of the network before
         memory[name] = peak_memory(model, case, batch, size, device)
         del model
     steps: dict[Hashable, Callable[[], object]] = {
@@ -201,24 +203,23 @@ def measure_what_fits(
                 raise
         # Not in the handler: the traceback there holds the tensors.
         batch //= 2
+        gc.collect()
         torch.cuda.empty_cache()
 
 
 def results_table(results: Sequence[NetworkResult]) -> Table:
     table = plain_table(
-        "Training steps: ms, torch's time / bnfused's; images per second; peak memory in MiB, bnfused's of torch's",
-        ["network", "dtype", "layout"],
-        ["batch", "torch ms", "bnfused ms", "torch/bnfused", "25-75 %", "pairs"]
-        + ["torch img/s", "bnfused img/s", "torch MiB", "bnfused MiB", "of torch's"],
+        "Training steps: ratio, torch's time / bnfused's; images per second; peak memory, and bnfused's of torch's",
+        ["network"],
+        ["batch", "torch ms", "bnfused ms", "ratio", "25-75 %", "pairs", "torch img/s", "bnfused img/s"]
+        + ["torch MiB", "bnfused MiB", "share"],
     )
     for result in results:
         few = " (few)" if result.pairs < FEW_PAIRS else ""
         speeds = [result.images_per_second[name] for name in IMPLEMENTATIONS]
         table.add_row(
-            result.network,
-            result.dtype,
-            result.layout,
-            f"{result.batch}",
+            Case(result.network, result.dtype, result.layout).name,
+            str(result.batch),
             *(milliseconds(result.ms[name]) for name in IMPLEMENTATIONS),
             ratio_text(result.ratio),
             spread(result.ratio),

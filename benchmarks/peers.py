@@ -113,6 +113,8 @@ def takes_cudnn(tensors: Tensors) -> bool:
 def compiled(name: str, tensors: Tensors, training: bool, fusion: str) -> Callable[[], Tensor]:
     """The unfused forward, given to torch.compile: it fuses the add and the ReLU itself."""
     mean, var = tensors.statistics[name]
+    if tensors.x.is_cuda:
+        torch.backends.cudnn.set_flags(_enabled=True)  # as users have it: it decides what is traced
 
     def forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = F.batch_norm(x, mean, var, weight, bias, training, MOMENTUM, EPS)

@@ -730,12 +730,15 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     made, interrupted = networks.measure_what_fits(case, options, None, lambda done: None)
     assert (tried, made.batch, interrupted) == ([12, 6, 3], 3, False)
 
-    def never_fits(*_):
+    def never_fits(case, batch, *_):
+        tried.append(batch)
         raise torch.OutOfMemoryError("no")
 
+    tried.clear()
     monkeypatch.setattr(networks, "measure", never_fits)
     with pytest.raises(torch.OutOfMemoryError):
         networks.measure_what_fits(case, options, None, lambda done: None)
+    assert tried == [12, 6, 3, 1]
 
 
 # --- refusing to time what is wrong ---
