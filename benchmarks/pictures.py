@@ -189,7 +189,9 @@ def draw_sweep(axes: Axes, run: Run[CellResult], sweep: str, results: Sequence[C
     roofs = sorted((position(r), run.roof.get(r.threads)) for r in results)
     known = [(x, roof / 1e9) for x, roof in roofs if roof]
     if known:
-        axes.plot(*zip(*known, strict=True), c="C3", ls="--", lw=1.2, label="roof: a copy that no cache holds")
+        axes.plot(
+            *zip(*known, strict=True), c="C3", ls="--", lw=1.2, marker=".", label="roof: a copy that no cache holds"
+        )
     for name in (OURS, *peers_of(results)):
         for fusion, style in zip(fusions, ("-", ":"), strict=False):
             line(
@@ -210,7 +212,8 @@ def draw_sweep(axes: Axes, run: Run[CellResult], sweep: str, results: Sequence[C
     ticks = [tick for tick in (m * 10**e for e in range(-2, 5) for m in (1, 2, 5)) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
     axes.grid(alpha=0.3)
-    axes.set_xlabel(label.format(*results[0].shape), fontsize=9)
+    threads = f", T={results[0].threads}" if dimension is not None and results[0].threads else ""
+    axes.set_xlabel(label.format(*results[0].shape) + threads, fontsize=9)
 
 
 def save_networks(run: Run[NetworkResult], path: Path) -> None:

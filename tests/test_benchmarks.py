@@ -616,7 +616,7 @@ def test_a_sweep_is_drawn_under_its_roofs(monkeypatch):
         assert lines["torch, +ReLU"] == pytest.approx([(2, 1024 / 2e-3 / 1e9), (8, 1024 / 2e-3 / 1e9)])
         assert lines["roof: a copy of x"] == pytest.approx([(2, 2 * 128 / 1e-7 / 1e9), (8, 2 * 512 / 1e-7 / 1e9)])
         assert lines["roof: a copy that no cache holds"] == [(2, 10.0), (8, 10.0)]
-        assert axes.get_xlabel() == "batch size N of (N, 4, 2, 2)"
+        assert axes.get_xlabel() == "batch size N of (N, 4, 2, 2), T=1"
     assert panels[0].get_ylabel().startswith("GB/s")
     with pytest.raises(ValueError, match="results of a sweep"):
         pictures.save_sweeps(run_of(result(Band(1.0, 1.0, 1.0))), Path("unused.png"))
