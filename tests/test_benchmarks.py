@@ -19,6 +19,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import (
+    arguments,
     bench,
     cases,
     memory,
@@ -413,6 +414,14 @@ def test_json_round_trip(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
 
 
+def test_kept_results_lie_in_a_folder_of_the_device():
+    """What --json says itself is not overruled."""
+    options = bench.parse_arguments(["--keep", "--json", "mine.json"])
+    arguments.set_output_files(options, {"device": "NVIDIA H100 80GB HBM3"}, "bench")
+    folder = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
+    assert (options.json, options.picture) == (Path("mine.json"), folder / "bench.png")
+
+
 def test_a_run_without_results_is_read_too(tmp_path):
     run_of().write(tmp_path / "run.json")
     assert report.read_cells(tmp_path / "run.json") == run_of()
@@ -701,6 +710,24 @@ def test_networks_are_drawn_with_speed_and_memory(monkeypatch):
     assert sorted({round(bar.get_height(), 3) for bar in speed.patches}) == [13.333, 40.0]
     assert {round(bar.get_height() * 2**20) for bar in kept.patches} == {200, 150}
     assert {"3.00x"} == {text.get_text() for text in speed.texts}
+
+
+def test_peak_memory_of_a_gpu_is_that_of_a_second_step(monkeypatch):
+    """The first allocates what stays; the peak is forgotten after it and read when the second has run."""
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: gpu.log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: gpu.log.append("read") or 123)
+    monkeypatch.setattr(networks, "step_of", lambda *_: lambda: gpu.log.append("step"))
+    case = networks.Case("ResNet-50", "float32", "NCHW")
+    assert networks.peak_memory(nn.Identity(), case, 2, 33, torch.device("cuda")) == 123
+    assert gpu.log == ["step", "reset", "step", "synchronize", "read"]
+
+
+def test_memory_on_a_cpu_leaves_the_parameters_out(extension):
+    """Of a linear layer under cross entropy's input, only its own input is kept."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 33 * 33, 10))
+    case = networks.Case("a", "float32", "NCHW")
+    assert networks.peak_memory(model, case, 2, 33, torch.device("cpu")) == 2 * 3 * 33 * 33 * 4
 
 
 def test_what_is_most_used_is_measured_first():
