@@ -32,6 +32,7 @@ CPP_SOURCES = (
     "csrc/cpu/batch_norm_train.cpp",
     "csrc/cpu/batch_norm_eval.cpp",
     "csrc/cpu/batch_norm_backward.cpp",
+    "csrc/cpu/transpose.cpp",
     "csrc/cpu/leaves_baseline.cpp",
     "csrc/cpu/leaves_avx2.cpp",
     "csrc/cpu/leaves_avx512.cpp",

@@ -63,6 +63,29 @@ def test_grad_layouts(backend, layout, grad_layout):
     checks.check_against_oracle(backend.batch_norm, p.but(activation="silu", residual=None))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 32), (3, 17, 4, 4), (2, 33, 3, 5), (1, 40, 1, 2), (2, 3, 7, 1, 9), (2, 1, 5)]
+)
+def test_residual_and_grad_y_of_another_memory_order(backend, shape, dtype):
+    """As in a call in which all are in x's order: a value in the wrong place would be off by whole units.
+
+    Sizes at and around the tiles of the copy.
+    """
+    x, residual, grad_y = (torch.randn(shape).to(dtype) for _ in range(3))
+    innermost = [torch.movedim(torch.movedim(t, 1, -1).contiguous(), -1, 1) for t in (x, residual, grad_y)]
+    weight = torch.rand(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32) + 0.5
+
+    def run(x, residual, grad_y):
+        leaves = [t.detach().requires_grad_() for t in (x, residual, weight)]
+        y = backend.batch_norm(leaves[0], None, None, leaves[2], training=True, residual=leaves[1], activation="silu")
+        return y, *torch.autograd.grad(y, leaves, grad_y)
+
+    for one, other in (((x, residual, grad_y), innermost), (innermost, (x, residual, grad_y))):
+        for actual, wanted in zip(run(one[0], *other[1:]), run(*one), strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
 @pytest.mark.parametrize("other", ["channels_last", "holes_in_last", "expanded_batch", "offset"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_residual_in_another_layout(backend, layout, other):

@@ -9,4 +9,7 @@ void batch_norm_train(const TrainArgs& args);
 void batch_norm_eval(const EvalArgs& args);
 void batch_norm_backward(const BackwardArgs& args);
 
+// to[o][c][r] = from[o][r][c] for values of 2, 4 or 8 bytes.
+void transpose(const void* from, void* to, int64_t outer, int64_t rows, int64_t columns, int64_t item_bytes);
+
 }  // namespace bnfused::cpu

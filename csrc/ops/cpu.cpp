@@ -18,12 +18,36 @@ namespace {
 // (measured: a training step of 25 MB activations with ReLU and residual up to 4 times faster).
 constexpr size_t kHugePagesFromBytes = 8 * 1024 * 1024;
 
+// Whether `rows` holds what `planes` does, both dense and of one shape, with the channels innermost.
+bool is_rows_of(const at::Tensor& rows, const at::Tensor& planes) {
+  const int64_t channels = planes.size(1);
+  if (rows.stride(1) != 1 || channels == 1) return false;
+  for (int64_t d = 0; d < planes.dim(); ++d) {
+    if (d == 1 || planes.size(d) == 1) continue;
+    const bool inside = planes.stride(d) < planes.stride(1);
+    if (rows.stride(d) != planes.stride(d) * (inside ? channels : 1)) return false;
+  }
+  return true;
+}
+
 struct Cpu {
   static void batch_norm_stats(const bnfused::MomentsArgs& args, c10::Device) { bnfused::cpu::batch_norm_stats(args); }
   static void batch_norm_train(const bnfused::TrainArgs& args, c10::Device) { bnfused::cpu::batch_norm_train(args); }
   static void batch_norm_eval(const bnfused::EvalArgs& args, c10::Device) { bnfused::cpu::batch_norm_eval(args); }
   static void batch_norm_backward(const bnfused::BackwardArgs& args, c10::Device) {
     bnfused::cpu::batch_norm_backward(args);
+  }
+
+  static void copy(const at::Tensor& from, const at::Tensor& to) {
+    const bool dense = from.is_non_overlapping_and_dense() && from.numel() > 0;
+    const bool to_planes = dense && is_rows_of(from, to);
+    if (!to_planes && !(dense && is_rows_of(to, from))) {
+      to.copy_(from);
+      return;
+    }
+    const bnfused::Problem p = bnfused::ops::problem_of(to_planes ? to : from);
+    bnfused::cpu::transpose(from.const_data_ptr(), to.mutable_data_ptr(), p.outer, to_planes ? p.inner : p.channels,
+                            to_planes ? p.channels : p.inner, from.element_size());
   }
 
   static at::Tensor empty_like(const at::Tensor& x) {

@@ -119,6 +119,7 @@ struct Cuda {
   }
 
   static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
+  static void copy(const at::Tensor& from, const at::Tensor& to) { to.copy_(from); }
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 //   static void batch_norm_backward(const BackwardArgs&, c10::Device);
 //   static void batch_norm_stats(const MomentsArgs&, c10::Device);  // where the ops in parts are registered
 //   static at::Tensor empty_like(const at::Tensor&);
+//   static void copy(const at::Tensor& from, const at::Tensor& to);  // of one shape, in any memory order
 //
 // Everything is checked before anything is allocated or written: an error leaves the running statistics as they were.
 #pragma once
@@ -126,14 +127,18 @@ inline bool same_memory_order(const at::Tensor& t, const at::Tensor& like) {
 
 // t in the memory order of `like`, which is dense and of the same shape. Torch's kernels that read two layouts at once
 // are 5 to 18 times slower than this copy and one layout.
-inline at::Tensor in_order_of(const at::Tensor& t, const at::Tensor& like) {
+template <class Backend>
+at::Tensor in_order_of(const at::Tensor& t, const at::Tensor& like) {
   if (same_memory_order(t, like)) return t;
-  return at::empty_like(like, t.options()).copy_(t);
+  const at::Tensor ordered = Backend::empty_like(like);
+  Backend::copy(t, ordered);
+  return ordered;
 }
 
-inline OptionalTensor in_order_of(const OptionalTensor& t, const at::Tensor& like) {
+template <class Backend>
+OptionalTensor in_order_of(const OptionalTensor& t, const at::Tensor& like) {
   if (!t) return std::nullopt;
-  return in_order_of(*t, like);
+  return in_order_of<Backend>(*t, like);
 }
 
 inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
@@ -199,7 +204,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
   const Problem p = problem_of(x);
   TORCH_CHECK_VALUE(p.rows() != 1 || p.channels == 0,
                     "Expected more than 1 value per channel when training, got input size torch.Size(", x.sizes(), ")");
-  const OptionalTensor residual = in_order_of(residual_in, x);
+  const OptionalTensor residual = in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
   const OptionalTensor running_mean = contiguous(running_mean_in), running_var = contiguous(running_var_in);
   const at::Tensor y = Backend::empty_like(x);
@@ -251,7 +256,7 @@ at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const
 
   const at::Tensor x = dense(x_in);
   const Problem p = problem_of(x);
-  const OptionalTensor residual = in_order_of(residual_in, x);
+  const OptionalTensor residual = in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
   const OptionalTensor running_mean = running_mean_in.contiguous(), running_var = running_var_in.contiguous();
   const at::Tensor y = Backend::empty_like(x);
@@ -355,9 +360,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_w
                 ": expected mask of ", mask_bytes(p), " bytes beside ReLU with a residual, got ",
                 mask ? mask->numel() : 0);
   }
-  const at::Tensor grad_y = in_order_of(grad_y_in, x);
+  const at::Tensor grad_y = in_order_of<Backend>(grad_y_in, x);
   // The mask says all that ReLU needs of the residual.
-  const OptionalTensor residual = use_mask ? OptionalTensor{} : in_order_of(residual_in, x);
+  const OptionalTensor residual = use_mask ? OptionalTensor{} : in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
 
   const auto parameter = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -126,6 +126,7 @@ int64_t bytes_of(const Problem& p) { return p.numel() * detail::size_of(p.dtype)
 
 struct Emulated {
   static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
+  static void copy(const at::Tensor& from, const at::Tensor& to) { to.copy_(from); }
 
   static void batch_norm_train(const TrainArgs& host, c10::Device) {
     const std::lock_guard lock(one_device);
