@@ -18,6 +18,17 @@ import torch
 
 REBUILD = "pip install --no-build-isolation -e ."
 
+# What bnfused.ops takes from the extension; one that was built from older sources may lack some.
+OPS = (
+    "batch_norm_train",
+    "batch_norm_frozen",
+    "batch_norm_eval",
+    "batch_norm_backward",
+    "batch_norm_stats",
+    "batch_norm_apply",
+    "batch_norm_backward_apply",
+)
+
 # Written by setup.py beside the extension: readable even where the extension itself does not load.
 _STAMP = Path(__file__).with_name("_build_info.txt")
 
@@ -56,6 +67,9 @@ def _load() -> tuple[Any, str | None]:
         return None, f"the extension could not be imported ({error}); build it with: {REBUILD}"
     if reason := _other_torch(module.build_info()["torch"]):
         return None, reason
+    for op in OPS:
+        if not hasattr(torch.ops.bnfused, op):
+            return None, f"the extension was built from older sources, without {op}; rebuild it with: {REBUILD}"
     return module, None
 
 

@@ -12,19 +12,15 @@ import torch
 
 from bnfused import _extension
 
-batch_norm_train: Any = None
-batch_norm_frozen: Any = None
-batch_norm_eval: Any = None
-batch_norm_backward: Any = None
-batch_norm_stats: Any = None
-batch_norm_apply: Any = None
-batch_norm_backward_apply: Any = None
 
-if _extension.is_available():
-    batch_norm_train = torch.ops.bnfused.batch_norm_train.default._op
-    batch_norm_frozen = torch.ops.bnfused.batch_norm_frozen.default._op
-    batch_norm_eval = torch.ops.bnfused.batch_norm_eval.default._op
-    batch_norm_backward = torch.ops.bnfused.batch_norm_backward.default._op
-    batch_norm_stats = torch.ops.bnfused.batch_norm_stats.default._op
-    batch_norm_apply = torch.ops.bnfused.batch_norm_apply.default._op
-    batch_norm_backward_apply = torch.ops.bnfused.batch_norm_backward_apply.default._op
+def _builtin(name: str) -> Any:
+    return getattr(torch.ops.bnfused, name).default._op if _extension.is_available() else None
+
+
+batch_norm_train: Any = _builtin("batch_norm_train")
+batch_norm_frozen: Any = _builtin("batch_norm_frozen")
+batch_norm_eval: Any = _builtin("batch_norm_eval")
+batch_norm_backward: Any = _builtin("batch_norm_backward")
+batch_norm_stats: Any = _builtin("batch_norm_stats")
+batch_norm_apply: Any = _builtin("batch_norm_apply")
+batch_norm_backward_apply: Any = _builtin("batch_norm_backward_apply")

@@ -115,6 +115,17 @@ def test_built_for_another_torch(checkout):
     assert said["same"]
 
 
+def test_built_from_older_sources(checkout):
+    """An op that the sources have come to call is not in it: the message says which one, and how to rebuild."""
+    source = checkout / "bnfused" / "_extension.py"
+    source.write_text(source.read_text().replace("OPS = (", 'OPS = (\n    "batch_norm_to_come",'))
+    said = report(python("import bnfused, torch\n" + USE, cwd=checkout))
+    assert not said["available"]
+    assert "batch_norm_to_come" in said["why"]
+    assert _extension.REBUILD in said["why"]
+    assert said["same"]
+
+
 def test_extension_that_does_not_load(checkout):
     """A broken file beside a right stamp, as an interrupted build leaves it."""
     stamp = {"torch": torch.__version__, "compiler": "a compiler"}
