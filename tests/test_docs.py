@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*RUN, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SCRIPT = re.compile(r"^```python torchrun\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -31,6 +35,32 @@ def test_python_runs(document, extension):
     names: dict[str, object] = {"__name__": "__main__"}
     for block in python_blocks(document.read_text(), str(document)):
         exec(block, names)
+
+
+def scripts() -> list[object]:
+    return [
+        pytest.param(script, id=f"{name(document)}-{i}")
+        for document in RUN
+        for i, script in enumerate(SCRIPT.findall(document.read_text()))
+    ]
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_scripts_run_on_two_processes(script, extension, tmp_path):
+    """Those that are shown for torchrun."""
+    # Threads of Gloo and DDP must not meet an interpreter that shuts down: DISTRIBUTED in test_training_stack.py.
+    (tmp_path / "train.py").write_text(f"{script}\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    accuracy = re.search(r"accuracy (\d+)%", result.stdout)
+    assert ("accuracy" not in script) or int(accuracy[1]) > 80  # an untrained one has 10
 
 
 @pytest.mark.parametrize("document", LINKED, ids=name)
