@@ -169,6 +169,26 @@ def test_nan_goes_through_activations(backend, activation, residual):
         assert torch.equal(y[wanted.isinf()].double(), wanted[wanted.isinf()])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_frozen_gradient_does_not_depend_on_x(backend, value, layout):
+    """grad_x is grad_y * weight * invstd. Trap: 0 * NaN, of the terms that only training has."""
+    p = cases.make((3, 2, 40), training=False, layout=layout)
+    x = p.x.clone()
+    x[0, 1, 3] = value
+    checks.check_against_oracle(backend.batch_norm, p.but(x=x), needs=("x", "bias"))
+
+
+@pytest.mark.parametrize("activation", ["elu", "gelu", "hardswish", "sigmoid", "silu", "tanh"])
+def test_nan_in_the_residual_reaches_the_gradients(backend, activation):
+    """Of an activation whose derivative at NaN is NaN: all of grad_x in that channel, which is a sum over it."""
+    p = cases.make((3, 2, 40), residual=True, activation=activation)
+    residual = p.residual.clone()
+    residual[0, 1, 3] = math.nan
+    outcome = checks.check_against_oracle(backend.batch_norm, p.but(residual=residual))
+    assert outcome.values["grad_x"].isnan().sum() == 3 * 40
+
+
 @pytest.mark.parametrize("where", ["nchw", "channels_last", "rows"])
 @pytest.mark.parametrize("scale", [1e18, 1e-30])
 def test_extreme_scales(backend, where, scale):

@@ -86,6 +86,7 @@ GradArgs<T> grad_args(const BackwardArgs& args, int64_t at, int64_t mask_at) {
   g.grad_x = args.grad_x ? static_cast<T*>(args.grad_x) + at : nullptr;
   g.grad_residual = args.grad_residual ? static_cast<T*>(args.grad_residual) + at : nullptr;
   g.store_ahead = store_ahead();
+  g.training = args.training;
   g.epilogue = args.epilogue;
   return g;
 }

@@ -166,7 +166,8 @@ __attribute__((noinline)) Vec<A> gradient(const Epilogue& epilogue, Vec<A> g, Ve
       return g * fma(z, pdf, normal_cdf(z));
     }
     case Activation::kHardswish:
-      return select<A>(V(A(3)) > z, select<A>(z > V(A(-3)), g * fma(z, V(A(1) / A(3)), V(A(0.5))), zero), g);
+      // In this order NaN takes the branch that keeps it.
+      return select<A>(z <= V(A(-3)), zero, select<A>(V(A(3)) <= z, g, g * fma(z, V(A(1) / A(3)), V(A(0.5)))));
     case Activation::kSigmoid: {
       const V s = sigmoid(z);
       return g * s * (one - s);

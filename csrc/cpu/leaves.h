@@ -61,7 +61,8 @@ struct ApplyArgs {
   Epilogue epilogue;
 };
 
-// With g = grad_y * act'(z):  grad_x = g * scale + (x - mean) * slope + offset,  grad_residual = g.
+// With g = grad_y * act'(z):  grad_x = g * scale + (x - mean) * slope + offset,  grad_residual = g. Only training has
+// slope and offset; 0 would not do in their place, for an infinite or NaN x.
 enum BackwardCoefficient { kSlope = kForwardCoefficients, kOffset, kBackwardCoefficients };
 
 template <class T>
@@ -73,6 +74,7 @@ struct GradArgs {
   const Accumulate<T>* coefficients;
   int64_t coefficient_stride;
   int64_t prefetch, store_ahead;
+  bool training;
   Epilogue epilogue;
 };
 

@@ -421,7 +421,8 @@ void grad_apply(const GradArgs<T>& args_in) {
         const Pair<A> t = gated<T, kKind>(args, c, run + r, i, lanes);
         if (args.grad_residual) store_lanes<kStream>(args.grad_residual + at, t.u, args.store_ahead, lanes);
         if (args.grad_x) {
-          const V grad_x = fma(t.u, c[kScale], fma(t.v, c[kSlope], c[kOffset]));
+          const V through_statistics = args.training ? fma(t.v, c[kSlope], c[kOffset]) : V(A(0));
+          const V grad_x = fma(t.u, c[kScale], through_statistics);
           store_lanes<kStream>(args.grad_x + at, grad_x, args.store_ahead, lanes);
         }
       }

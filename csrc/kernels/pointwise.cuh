@@ -195,8 +195,9 @@ struct AnyActivation {
           return g * fma(z, density, normal_cdf(z));
         });
       case Activation::kHardswish:
+        // In this order NaN takes the branch that keeps it.
         return for_each_value(gradients, at,
-                              [](A g, A z) { return z >= 3 ? g : (z > -3 ? g * fma(z, A(1.0 / 3), A(0.5)) : A(0)); });
+                              [](A g, A z) { return z <= -3 ? A(0) : (z >= 3 ? g : g * fma(z, A(1.0 / 3), A(0.5))); });
       case Activation::kSigmoid:
         return for_each_value(gradients, at, [](A g, A z) {
           const A s = sigmoid(z);
