@@ -30,13 +30,14 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help build demo demo-sync test sanitize lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
+.PHONY: help build demo demo-sync test sanitize fuzz lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
 
 help:
 	@echo 'make demo    train a small network with bnfused and with torch, convert a ResNet-18, and compare'
 	@echo 'make demo-sync   train it on two processes with SyncBatchNorm, and in one, and compare'
 	@echo 'make test    run the tests'
-	@echo 'make sanitize  run the CUDA kernels under AddressSanitizer, on the CPU'
+	@echo 'make sanitize  run the kernels, those of CUDA too, under AddressSanitizer, on the CPU'
+	@echo 'make fuzz    compare random calls with torch for a minute, guided by the code that they reach'
 	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make bench   time bnfused and torch on this machine'
 	@echo 'make build   set up $(VENV) and compile the extension, which demo, test and bench do too'
@@ -66,6 +67,13 @@ test: $(VENV)/.extension $(VENV)/.networks
 sanitize: $(VENV)/.extension
 	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) -m pytest -p _hypothesis_pytestplugin --sanitize \
 	  tests/test_emulator.py tests/test_emulated_kernels.py $(ARGS)
+	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) tests/instrumented.py pytest -p _hypothesis_pytestplugin \
+	  -p no:cacheprovider -k 'not reference and not emulated and not is_lost' \
+	  tests/test_functional.py tests/test_load.py tests/test_numerics.py tests/test_properties.py $(ARGS)
+
+# ARGS="--seconds 3600" for longer.
+fuzz: $(VENV)/.extension
+	@$(PY) tests/instrumented.py fuzz $(ARGS)
 
 lint: $(VENV)/.tools
 	@echo 'ruff check'

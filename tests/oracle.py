@@ -97,7 +97,7 @@ def torch_batch_norm(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+        momentum = 1.0 / float(num_batches_tracked) if training and num_batches_tracked is not None else 0.0
     z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         z = z + residual
@@ -205,9 +205,12 @@ def expected(problem: Problem) -> Expected:
         # A mean counts in units of the standard deviation: that is how it enters y.
         if p.training:
             scales["running_mean"] = max(scales["running_mean"], factor * finite_max(var.sqrt()))
-        # With few rows the three terms of grad_x cancel nearly or (two rows) wholly: measured against one of them.
+        # With few rows the three terms of grad_x cancel nearly or (two rows) wholly, and so they do where grad_z is the
+        # same all over a channel: measured against one of them.
         gain = invstd if p.weight is None else invstd * p.weight.detach().double().abs()
-        one_term = grad_z if p.training and p.rows < 16 else torch.zeros_like(grad_z)
+        first = grad_z[(slice(0, 1), slice(None), *[slice(0, 1)] * (x.dim() - 2))]
+        cancels = (grad_z == first).all(dims) | (p.rows < 16)
+        one_term = grad_z * per_channel(cancels, x) if p.training else torch.zeros_like(grad_z)
         one_term = one_term.abs().clamp(min=left) * per_channel(gain, x)
         scales["grad_x"] = max(scales["grad_x"], finite_max(one_term))
     return Expected(values, scales, count)
