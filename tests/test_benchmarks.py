@@ -22,6 +22,7 @@ from benchmarks import (
     arguments,
     bench,
     cases,
+    compiled,
     memory,
     models,
     networks,
@@ -1193,3 +1194,18 @@ def test_why_batch_norm_from_end_to_end(extension, tmp_path):
     assert len(shown) == 5
     assert all((tmp_path / figure).read_bytes().startswith(b"\x89PNG") for figure in shown)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {Path(figure).name for figure in shown}
+
+
+@pytest.mark.usefixtures("extension")
+def test_compiled_networks_are_one(monkeypatch):
+    """What compiled.py times is the same network four times; without the compiler here, which test_compile.py tests."""
+    monkeypatch.setattr(torch, "compile", lambda module, fullgraph: module)
+    for network, mode in itertools.product((compiled.Norms, compiled.Block), ("train", "eval")):
+        functions = {
+            name: compiled.make_function(network, name, (2, 8, 5, 7), torch.channels_last, mode)
+            for name in (compiled.COMPILED, *compiled.OTHERS)
+        }
+        compiled.check_same(functions)
+        functions["bnfused"] = lambda wanted=functions["torch"]: [1.1 * value for value in wanted()]
+        with pytest.raises(SystemExit, match="bnfused differs from torch in y"):
+            compiled.check_same(functions)
