@@ -171,6 +171,47 @@ def test_compiled_transforms(transform, training):
     checks.assert_within(transform, compiled(actual)(p.x), wanted, limits)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiled_ensemble(training, momentum):
+    """vmap of functional_call over stacked modules, compiled: outputs, and the buffers that it moves, of eager mode."""
+    modules = [bnfused.BatchNorm2d(3, momentum=momentum).double().train(training) for _ in range(3)]
+    for module in modules:
+        torch.nn.init.normal_(module.weight)
+        module.running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64)
+
+    def ensemble(parameters, buffers):
+        def call(parameters, buffers):
+            return torch.func.functional_call(modules[0], (parameters, buffers), (x,))
+
+        return torch.func.vmap(call)(parameters, buffers)
+
+    results = []
+    for run in (ensemble, compiled(ensemble)):
+        parameters, buffers = torch.func.stack_module_state(modules)
+        results.append([run(parameters, buffers).detach(), *(b.double() for b in buffers.values())])
+    for wanted, actual in zip(*results, strict=True):
+        checks.assert_within("ensemble", actual, wanted, cases.limit(wanted, oracle.finite_max(wanted), torch.float64))
+    assert int(buffers["num_batches_tracked"].sum()) == 3 * training
+
+
+def test_compiled_per_sample_gradients():
+    """vmap of grad of functional_call, compiled."""
+    module = bnfused.BatchNorm2d(3).double().eval()
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(6, 3, 5, 2, dtype=torch.float64)
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(module, parameters, (sample[None],)).pow(3).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    wanted, actual = per_sample(parameters, x), compiled(per_sample)(parameters, x)
+    for name, gradient in wanted.items():
+        limits = cases.limit(gradient, oracle.finite_max(gradient), torch.float64)
+        checks.assert_within(name, actual[name], gradient, limits)
+
+
 def test_tangent_inside_a_compiled_function():
     """forward_ad in the function that is compiled; torch's own batch norm cannot be compiled so."""
     p = cases.make((4, 3, 5), dtype=torch.float64, running=False, counter=None, activation="tanh")
@@ -528,3 +569,19 @@ def test_onnx_names_the_op():
         warnings.simplefilter("ignore")
         with pytest.raises(torch.onnx.errors.OnnxExporterError, match="bnfused::batch_norm_eval"):
             torch.onnx.export(module, (torch.randn(2, 3, 4, 4),), io.BytesIO(), dynamo=False)
+
+
+def test_onnx_through_revert(monkeypatch):
+    """A converted network that is reverted has torch's batch norms, and an ONNX of each."""
+    # The one step that needs the package onnx: it adds the functions of onnxscript, of which there are none.
+    step = "torch.onnx._internal.torchscript_exporter.onnx_proto_utils._add_onnxscript_fn"
+    monkeypatch.setattr(step, lambda model, _: model)
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.ReLU()).eval()
+    network = bnfused.convert(network)
+    assert isinstance(network[0], bnfused.BatchNorm2d)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(bnfused.revert(network), (torch.randn(2, 3, 4, 4),), file, dynamo=False)
+    assert b"BatchNormalization" in file.getvalue()
+    assert b"bnfused" not in file.getvalue()
