@@ -57,11 +57,11 @@ class BatchNormFunction(torch.autograd.Function):
                 y, mean, invstd, mask = ops.batch_norm_frozen(
                     x, weight, bias, state[0], state[1], residual, eps, activation, activation_param
                 )
-        if activation == 0:
-            residual = None  # its gradient is grad_y itself
-        ctx.settings = settings
         # A mask of no elements would be packed and unpacked all the same.
         kept_mask = mask if activation == RELU_CODE and residual is not None else None
+        if activation == 0 or kept_mask is not None:
+            residual = None  # its gradient is grad_y, or where the mask says so
+        ctx.settings = settings
         ctx.save_for_backward(x, weight, bias, residual, mean, invstd, kept_mask)
         if not with_saved:
             return y
@@ -115,15 +115,18 @@ class BatchNormFunction(torch.autograd.Function):
 
 def _formula_grads(ctx: Any, grad_y: Tensor, output_mask: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
     """The backward op in plain torch, for what only that can be put through."""
-    x, weight, bias, residual, mean, invstd, _ = ctx.saved_tensors
-    inputs = (x, weight, bias, residual)
+    x, weight, bias, residual, mean, invstd, mask = ctx.saved_tensors
     training, _, eps, activation, activation_param = ctx.settings
+    passes = _passes(x, weight, bias, mean, invstd, mask, activation_param, training)
+    if passes is not None:
+        residual = torch.zeros_like(x)  # to differentiate by; its values do not matter
+    inputs = (x, weight, bias, residual)
     wanted = [i for i, needed in enumerate(output_mask) if needed]
 
     def formula(*sources: Tensor) -> Tensor:
         given = dict(zip(wanted, sources, strict=True))
         x, weight, bias, residual = [given.get(i, t) for i, t in enumerate(inputs)]
-        return _formula(x, weight, bias, residual, mean, invstd, activation, activation_param, training, eps)
+        return _formula(x, weight, bias, residual, mean, invstd, passes, activation, activation_param, training, eps)
 
     pull_back: Any = torch.func.vjp(formula, *(inputs[i] for i in wanted))[1]
     grads = iter(pull_back(grad_y))
@@ -137,17 +140,44 @@ def _formula(
     residual: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
+    passes: Tensor | None,
     activation: int,
     activation_param: float,
     training: bool,
     eps: float,
 ) -> Tensor:
-    """y as the reference computes it, from the statistics that were saved, or in training from ``x``."""
+    """y as the reference computes it, from the statistics that were saved, or in training from ``x``.
+
+    Beside ``passes``, which says where ReLU lets a gradient through, only its derivatives are those of y: they need no
+    value of the residual.
+    """
     values = x.to(reference.arithmetic_dtype(x))
     if training:
         mean, var = reference.statistics(values)
         invstd = (var + eps).rsqrt()
-    return reference.transform(values, mean, invstd, weight, bias, residual, activation, activation_param, x.dtype)
+    args = (values, mean, invstd, weight, bias, residual)
+    if passes is None:
+        return reference.transform(*args, activation, activation_param, x.dtype)
+    return torch.where(passes, reference.transform(*args, 0, 0.0, x.dtype), 0)
+
+
+def _passes(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    param: float,
+    training: bool,
+) -> Tensor | None:
+    """Where ReLU lets a gradient through, like ``x``; None without a mask. Each backend orders its bits for itself."""
+    if mask is None:
+        return None
+    only_residual = (False, False, False, True)
+    args = (torch.ones_like(x), x, weight, bias, None, mean, invstd, mask, RELU_CODE, param, training, only_residual)
+    with _BelowAutograd():
+        return ops.batch_norm_backward(*args)[3] != 0
 
 
 # Function.apply without its look at every argument for wrappers of torch.func, which the caller has ruled out: 2 us.
@@ -176,7 +206,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
     ) -> Any:
         ctx.settings = (activation, activation_param, training, eps)
         ctx.output_mask = output_mask
-        ctx.save_for_backward(grad_y, x, weight, bias, residual, mean, invstd)
+        ctx.save_for_backward(grad_y, x, weight, bias, residual, mean, invstd, mask)
         ctx.set_materialize_grads(False)
         with _BelowAutograd():
             return ops.batch_norm_backward(
@@ -197,8 +227,11 @@ class BatchNormBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
         saved: Any = ctx.saved_tensors
-        grad_y, x, weight, bias, residual, mean, invstd = saved
+        grad_y, x, weight, bias, residual, mean, invstd, mask = saved
         activation, activation_param, training, eps = ctx.settings
+        passes = _passes(x, weight, bias, mean, invstd, mask, activation_param, training)
+        if passes is not None:
+            residual = torch.zeros_like(x)  # to differentiate by; its values do not matter
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Fresh views: what is differentiated here must not reach back into the graph that made these tensors.
@@ -206,7 +239,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
                 None if t is None else differentiable(t, create_graph) for t in (grad_y, x, weight, bias, residual)
             ]
             grad_y, x, weight, bias, residual = inputs
-            y = _formula(x, weight, bias, residual, mean, invstd, activation, activation_param, training, eps)
+            y = _formula(x, weight, bias, residual, mean, invstd, passes, activation, activation_param, training, eps)
             pairs = [
                 (source, upstream)
                 for source, upstream, wanted in zip(

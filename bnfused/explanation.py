@@ -172,8 +172,8 @@ def explain(
         forward = _cuda_pass(meta, problem, options, limits, backward=False)
         backward = _cuda_pass(meta, problem, options, limits, backward=True) if grad else None
     saved = {"x": _bytes(meta), "mean and invstd": 16 * meta.shape[1]}
-    if residual and code != 0:
-        saved["residual"] = _bytes(meta)  # under a mask only a second derivative reads it
+    if residual and code != 0 and not masked:
+        saved["residual"] = _bytes(meta)
     if masked:
         saved["mask"] = fake.mask_bytes(meta)
     call = " + ".join(["batch_norm", *(["add"] if residual else []), *([activation] if activation else [])])

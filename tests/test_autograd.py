@@ -111,7 +111,7 @@ def test_running_statistics_that_were_in_a_graph(backend):
 
 @pytest.mark.usefixtures("extension")
 def test_saved_for_backward_is_small():
-    """x, weight and 16 bytes a channel are kept, with a ReLU on a residual one bit an element; never y or residual.
+    """x, weight and 16 bytes a channel are kept, with a ReLU on a residual one bit an element; never y or the residual.
 
     Trap: a mask buffer sized by elements times channels.
     """
@@ -130,7 +130,31 @@ def test_saved_for_backward_is_small():
     elements = p.x.numel()
     # A bit an element, padded to bytes in each of the 512 planes; then mean and invstd, float64.
     assert own <= elements / 8 + 512 + 2 * 8 * 64, [tuple(t.shape) for t in saved]
-    assert all(t.data_ptr() != y.data_ptr() for t in saved)
+    assert all(t.data_ptr() not in (y.data_ptr(), p.residual.data_ptr()) for t in saved)
+
+
+@TRAINING
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "holes_in_last", "batch_innermost"])
+@pytest.mark.parametrize("shape", [(3, 2, 3, 3), (5, 3), (2, 1, 17), (0, 3, 4)], ids=str)
+def test_higher_derivatives_of_relu_from_its_mask(backend, shape, layout, training):
+    """Of add and ReLU the mask is kept, and nothing of the residual: second derivatives in every order of its bits.
+
+    Trap: the order of another backend or layout, or the padding at the end of a plane, read as values.
+    """
+    p = cases.make(shape, dtype=torch.float64, layout=layout, residual=True, activation="relu", training=training)
+
+    def penalty(function):
+        leaves = {name: getattr(p, name).detach().requires_grad_() for name in checks.LEAVES}
+        y = checks.call(function, p, **leaves, running_mean=p.running_mean.clone(), running_var=p.running_var.clone())
+        grads = torch.autograd.grad(y, list(leaves.values()), p.grad_y, create_graph=True)
+        scalar = sum((grad.square() * leaf).sum() for grad, leaf in zip(grads, leaves.values(), strict=True))
+        return [*grads, *torch.autograd.grad(scalar, list(leaves.values()))]
+
+    actual = penalty(backend.batch_norm)
+    for ours, theirs in zip(actual, penalty(oracle.torch_batch_norm), strict=True):
+        wanted = theirs.detach()
+        limits = torch.full_like(wanted, 1e-9 * max(1.0, oracle.finite_max(wanted)))
+        checks.assert_within("penalty", ours.detach(), wanted, limits)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])

@@ -354,14 +354,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_w
 
   const at::Tensor x = dense(x_in);
   const Problem p = problem_of(x);
-  const bool use_mask = wants_mask(epilogue, residual_in);
+  // The mask says all that ReLU needs of the residual, which may be left out beside it.
+  const bool use_mask = epilogue.activation == Activation::kReLU && (residual_in || (mask && mask->numel() != 0));
   if (use_mask) {
     TORCH_CHECK(mask && mask->scalar_type() == at::kByte && mask->numel() == mask_bytes(p) && mask->is_contiguous(), op,
                 ": expected mask of ", mask_bytes(p), " bytes beside ReLU with a residual, got ",
                 mask ? mask->numel() : 0);
   }
   const at::Tensor grad_y = in_order_of<Backend>(grad_y_in, x);
-  // The mask says all that ReLU needs of the residual.
   const OptionalTensor residual = use_mask ? OptionalTensor{} : in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
 
