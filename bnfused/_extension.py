@@ -18,7 +18,7 @@ import torch
 
 REBUILD = "pip install --no-build-isolation -e ."
 
-# What bnfused.ops takes from the extension; one that was built from older sources may lack some.
+# All ops of the library, which bnfused.ops takes; an extension that was built from older sources may lack some.
 OPS = (
     "batch_norm_train",
     "batch_norm_frozen",

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from bnfused import _extension, fake
 
-OPS = ("batch_norm_train", "batch_norm_frozen", "batch_norm_eval", "batch_norm_backward")
-
 
 def refuse(op: str, *args: Any) -> None:
     """Raise for a call of ``torch.ops.bnfused.<op>`` with at least one CUDA tensor.
@@ -37,7 +35,7 @@ def refuse(op: str, *args: Any) -> None:
 def register() -> None:
     """Give the dispatcher this answer; called once the extension has defined the ops."""
     library = torch.library.Library("bnfused", "IMPL")
-    for op in OPS:
+    for op in _extension.OPS:
         library.impl(op, functools.partial(refuse, op), "CUDA")
     _registered.append(library)
 
