@@ -29,6 +29,7 @@ CPP_SOURCES = (
     "csrc/ops/module.cpp",
     "csrc/cpu/driver.cpp",
     "csrc/cpu/batch_norm_stats.cpp",
+    "csrc/cpu/batch_norm_gather_stats.cpp",
     "csrc/cpu/batch_norm_train.cpp",
     "csrc/cpu/batch_norm_eval.cpp",
     "csrc/cpu/batch_norm_backward.cpp",

@@ -25,6 +25,7 @@ OPS = (
     "batch_norm_eval",
     "batch_norm_backward",
     "batch_norm_stats",
+    "batch_norm_gather_stats",
     "batch_norm_apply",
     "batch_norm_backward_apply",
 )

@@ -170,6 +170,19 @@ def _stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.empty_like(mean)
 
 
+def _gather_stats(
+    mean: Tensor,
+    m2: Tensor,
+    count: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch_mean = mean.new_empty(mean.shape[1])
+    return batch_mean, torch.empty_like(batch_mean), mean.new_empty(())
+
+
 def _apply(
     x: Tensor,
     weight: Tensor | None,
@@ -228,5 +241,6 @@ def register(library: str = "bnfused") -> None:
     torch.library.register_fake(f"{library}::batch_norm_eval", _eval)
     torch.library.register_fake(f"{library}::batch_norm_backward", _backward)
     torch.library.register_fake(f"{library}::batch_norm_stats", _stats)
+    torch.library.register_fake(f"{library}::batch_norm_gather_stats", _gather_stats)
     torch.library.register_fake(f"{library}::batch_norm_apply", _apply)
     torch.library.register_fake(f"{library}::batch_norm_backward_apply", _backward_apply)

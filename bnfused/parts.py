@@ -71,6 +71,10 @@ def batch_norm_gather_stats(
     Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     _check_gathered(mean, m2, count, running_mean, running_var)
+    if momentum is None and num_batches_tracked is None:
+        momentum = 0.0  # nothing counts the batches, so torch leaves the statistics alone
+    if _has_kernel(mean):
+        return _op("batch_norm_gather_stats")(mean, m2, count, running_mean, running_var, num_batches_tracked, momentum)
     total = count.sum()
     share = (count / total.clamp(min=1)).unsqueeze(1)
     # An empty part may hold anything, and 0 * NaN is NaN.
@@ -81,8 +85,9 @@ def batch_norm_gather_stats(
 
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    factor: float | Tensor = 0.0 if momentum is None else momentum
-    if momentum is None and num_batches_tracked is not None:
+    factor: Any = momentum
+    if momentum is None:
+        assert num_batches_tracked is not None
         factor = num_batches_tracked.to(center.dtype).reciprocal()
     for running, of_batch in ((running_mean, center), (running_var, all_m2 / (total - 1).clamp(min=1))):
         if running is not None:

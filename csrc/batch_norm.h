@@ -59,6 +59,17 @@ struct MomentsArgs {
   double* m2;    // out, (channels): sum of squared deviations from the mean
 };
 
+// The moments of the parts of a batch, each in a row of mean and m2, (parts, channels), and in count, (parts).
+struct GatherArgs {
+  int64_t parts, channels;
+  const double *mean, *m2, *count;
+  PerChannel running_mean, running_var;
+  int64_t* num_batches_tracked;                  // nullptr if nobody counts
+  double momentum;                               // weight of the new batch
+  bool cumulative;                               // momentum is 1 / num_batches_tracked, counted with this batch
+  double *batch_mean, *batch_var, *batch_count;  // out, (channels), (channels) and one: of the whole batch
+};
+
 struct TrainArgs {
   Problem problem;
   const void *x, *residual;  // residual: nullptr if there is none

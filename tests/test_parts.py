@@ -78,6 +78,27 @@ def test_statistics_from_elsewhere_need_not_be_finite_where_they_have_no_weight(
     assert torch.allclose(merged[1], x.double().var(0, correction=0), rtol=1e-6, atol=0)  # x is float32
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_the_kernel_merges_as_plain_torch(monkeypatch, momentum):
+    """Of many parts, some empty, and more channels than a thread takes at once; running statistics of any dtype."""
+    mean, m2 = torch.randn(37, 700, dtype=torch.float64) * 100, torch.rand(37, 700, dtype=torch.float64)
+    count = torch.randint(0, 5, (37,)).double()
+    mean[count == 0] = torch.nan
+    found = []
+    for kernel in (True, False):
+        monkeypatch.setattr(parts, "_has_kernel", lambda x, kernel=kernel: kernel)
+        running = (torch.arange(1400.0)[::2], torch.ones(700, dtype=torch.bfloat16))
+        tracked = torch.tensor(6)
+        merged = parts.batch_norm_gather_stats(mean, m2, count, *running, tracked, momentum)
+        found.append((*merged, *running, tracked))
+    for actual, wanted in zip(*found, strict=True):
+        # Sums of 37 terms, each rounded by float64 a few times; then once to the dtype of the running statistics.
+        rounding = 4000 * torch.finfo(torch.float64).eps
+        rounding += torch.finfo(wanted.dtype).eps if wanted.is_floating_point() else 0
+        torch.testing.assert_close(actual, wanted, rtol=rounding, atol=1e-11)
+    assert int(found[0][-1]) == 7
+
+
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_written():
     mean = torch.zeros(2, 3, dtype=torch.float64)
     running, count = torch.ones(3), torch.tensor(4)

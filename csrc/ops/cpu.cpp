@@ -32,6 +32,9 @@ bool is_rows_of(const at::Tensor& rows, const at::Tensor& planes) {
 
 struct Cpu {
   static void batch_norm_stats(const bnfused::MomentsArgs& args, c10::Device) { bnfused::cpu::batch_norm_stats(args); }
+  static void batch_norm_gather_stats(const bnfused::GatherArgs& args, c10::Device) {
+    bnfused::cpu::batch_norm_gather_stats(args);
+  }
   static void batch_norm_train(const bnfused::TrainArgs& args, c10::Device) { bnfused::cpu::batch_norm_train(args); }
   static void batch_norm_eval(const bnfused::EvalArgs& args, c10::Device) { bnfused::cpu::batch_norm_eval(args); }
   static void batch_norm_backward(const bnfused::BackwardArgs& args, c10::Device) {
@@ -74,6 +77,7 @@ TORCH_LIBRARY_IMPL(bnfused, CPU, m) {
   m.impl("batch_norm_eval", bnfused::ops::batch_norm_eval<Cpu>);
   m.impl("batch_norm_backward", bnfused::ops::batch_norm_backward<Cpu>);
   m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Cpu>);
+  m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Cpu>);
   m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Cpu>);
   m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Cpu>);
 }
