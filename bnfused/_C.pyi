@@ -17,5 +17,7 @@ def plan(
     grad_parameters: bool = True,
     sm_count: int,
     compute_capability: int,
+    shared_per_sm: int = 0,
+    cooperative: bool = True,
     strategy: str | None = None,
 ) -> dict[str, Any]: ...

@@ -27,25 +27,28 @@ class DeviceLimits:
         sm_count: streaming multiprocessors.
         compute_capability: ``(9, 0)`` for sm_90.
         bandwidth: of its memory, bytes per second; None where it is not known.
+        shared_per_sm: bytes of shared memory of a multiprocessor; 0 where it is not known, and nothing is kept there.
     """
 
     name: str
     sm_count: int
     compute_capability: tuple[int, int]
     bandwidth: float | None
+    shared_per_sm: int = 0
 
 
-# Source: NVIDIA's data sheets; SXM modules where there are several.
+# Sources: NVIDIA's data sheets, SXM modules where there are several; CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability".
 DEVICES = {
-    "t4": DeviceLimits("T4", 40, (7, 5), 320e9),
-    "a100": DeviceLimits("A100 80GB", 108, (8, 0), 2039e9),
-    "rtx3090": DeviceLimits("GeForce RTX 3090", 82, (8, 6), 936e9),
-    "l4": DeviceLimits("L4", 58, (8, 9), 300e9),
-    "rtx4090": DeviceLimits("GeForce RTX 4090", 128, (8, 9), 1008e9),
-    "h100": DeviceLimits("H100", 132, (9, 0), 3350e9),
-    "h200": DeviceLimits("H200", 132, (9, 0), 4800e9),
-    "b200": DeviceLimits("B200", 148, (10, 0), 8000e9),
-    "rtx5090": DeviceLimits("GeForce RTX 5090", 170, (12, 0), 1792e9),
+    "t4": DeviceLimits("T4", 40, (7, 5), 320e9, 64 * 1024),
+    "a100": DeviceLimits("A100 80GB", 108, (8, 0), 2039e9, 164 * 1024),
+    "rtx3090": DeviceLimits("GeForce RTX 3090", 82, (8, 6), 936e9, 100 * 1024),
+    "l4": DeviceLimits("L4", 58, (8, 9), 300e9, 100 * 1024),
+    "rtx4090": DeviceLimits("GeForce RTX 4090", 128, (8, 9), 1008e9, 100 * 1024),
+    "h100": DeviceLimits("H100", 132, (9, 0), 3350e9, 228 * 1024),
+    "h200": DeviceLimits("H200", 132, (9, 0), 4800e9, 228 * 1024),
+    "b200": DeviceLimits("B200", 148, (10, 0), 8000e9, 228 * 1024),
+    "rtx5090": DeviceLimits("GeForce RTX 5090", 170, (12, 0), 1792e9, 100 * 1024),
 }
 
 # The order of enum class DType in csrc/batch_norm.h.
@@ -210,6 +213,7 @@ def _limits(given: str | DeviceLimits | None, device: torch.device) -> DeviceLim
         properties.multi_processor_count,
         (properties.major, properties.minor),
         known[0].bandwidth if known else None,
+        properties.shared_memory_per_multiprocessor,
     )
 
 
@@ -237,6 +241,7 @@ def _cuda_pass(
         dtype=_DTYPE_CODES[x.dtype],
         sm_count=limits.sm_count,
         compute_capability=10 * major + minor,
+        shared_per_sm=limits.shared_per_sm,
         **request,
     )
     moved = plan["bytes_read"] + plan["bytes_written"]

@@ -6,6 +6,10 @@
 //
 //   kSmall      one launch: a block has all values of its channels, sums them, and applies what follows from the sums,
 //               reading again what it has just read (from the L1 or L2 cache)
+//   kResident   one launch: the blocks that share a channel keep what they have read in shared memory, wait for the
+//   last
+//               of them to merge the partial sums in a fixed order, and apply; what does not fit they read again,
+//               last-read first
 //   kStreaming  two launches: the values of a channel are split over blocks, the last of which merges the partial sums
 //               in a fixed order; the second launch applies, last-read first
 //   kApply      one launch: nothing to sum (eval; the gradient of x under given statistics)
@@ -20,10 +24,12 @@ namespace bnfused {
 
 struct DeviceLimits {
   int sm_count;
-  int compute_capability;  // 90 for sm_90
+  int compute_capability;     // 90 for sm_90
+  int64_t shared_per_sm = 0;  // bytes of shared memory; 0 where it is not known, and nothing is kept on chip
+  bool cooperative = true;    // blocks of a launch may wait for each other
 };
 
-enum class Strategy : int32_t { kEmpty, kSmall, kStreaming, kApply, kReduce };
+enum class Strategy : int32_t { kEmpty, kSmall, kStreaming, kApply, kReduce, kResident };
 enum class Layout : int32_t { kRows, kPlanes };
 
 // A number known to the host by which a GPU divides, as a multiplication: kernels/layout.cuh.
@@ -77,6 +83,18 @@ struct Flat {
   constexpr uint32_t blocks() const { return (units + units_per_block - 1) / units_per_block; }
 };
 
+// What stays on chip between the two passes of kSmall and kResident, which are the same kernels. The blocks of a team
+// share a tile of columns, or a channel, and take every teams-th of them; `parts` of Rows and Planes are the blocks of
+// a team.
+struct Residency {
+  uint32_t teams;
+  uint32_t steps;        // units that a thread keeps: the first that it reads, for the last are those that caches have
+  uint32_t keeps_bytes;  // dynamic shared memory that they take
+  int64_t values = 0;    // of a tensor, that are kept
+
+  constexpr uint32_t blocks(uint32_t parts) const { return teams * parts; }
+};
+
 struct Plan {
   Strategy strategy;
   Layout layout;
@@ -84,8 +102,9 @@ struct Plan {
   Rows reduce_rows{}, apply_rows{};
   Planes planes{};
   Flat flat{};
+  Residency residency{};
   int64_t partials = 0;  // of a Moments or a GradSums each
-  int64_t tickets = 0;   // counters that are 0 before and after
+  int64_t tickets = 0;   // counters that are 0 before and after; the last of them counts the batch
   int launches = 0;
   int64_t bytes_read = 0, bytes_written = 0;  // of tensors, not of per-channel values
   const char* why = "";
@@ -127,6 +146,10 @@ constexpr int64_t kCachedBytes = 256 * 1024;
 constexpr uint32_t kReduceBlocksPerSm = 4;
 constexpr uint32_t kApplyBlocksPerSm = 16;
 constexpr uint32_t kRowsPerThread = 8;  // at least, so that the constants of 8 channels are worth their set-up
+
+// Waiting for the last block of a team costs about what a second launch does; each further wait in which nothing else
+// can run has to save what a GPU's memory moves in 3 us.
+constexpr int64_t kWaitBytes = 8 * 1024 * 1024;
 
 inline int64_t size_of(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
 
@@ -182,6 +205,71 @@ inline Flat flat_of(const Problem& p, const DeviceLimits& device) {
   return f;
 }
 
+// Shared memory of a block of the kernels of kSmall and kResident, beside what they keep: what the device takes for
+// itself; the merge of a sum of each thread, for each of a unit's values where those are different channels; and the
+// constants of a tile's columns, or what is merged of them. The launchers check the first two against the kernels, and
+// tests/cuda_build against the compiler's report.
+constexpr int64_t kReservedShared = 1024;
+constexpr int64_t kSharedOfColumn = 64;
+constexpr int64_t static_shared(bool rows) { return (rows ? kUnitValues + 1 : 1) * (kThreads / 2) * 24 + 64; }
+inline int64_t table_bytes(const Rows& s) { return int64_t(s.tile) * kUnitValues * kSharedOfColumn; }
+
+// Blocks of the kernels of kResident on an SM, by their registers: what their launch bounds promise.
+inline int resident_blocks_per_sm(DType t, bool rows) { return t == DType::kFloat64 || rows ? 1 : 2; }
+
+// The blocks and what they keep of `tiles` tiles, or channels, of `length` units a column, of which a block reads
+// `at_once` in one step.
+struct Cut {
+  Residency residency;
+  uint32_t parts;
+  uint64_t kept;  // units of a column
+};
+
+// `together`: no tile can be finished without the others.
+inline Cut cut_of(uint32_t tiles, uint64_t length, uint32_t at_once, uint64_t most_parts, uint64_t blocks,
+                  uint64_t most_steps, bool together) {
+  const uint64_t capacity = most_steps * at_once;
+  const uint64_t needed = capacity * blocks < length ? blocks : std::max<uint64_t>(1, ceil_div(length, capacity));
+  const uint64_t most = std::min(std::max(most_parts, needed), ceil_div(length, at_once));
+  Cut c{};
+  uint64_t teams = tiles;
+  const auto parts_of = [&](uint64_t n) { return std::clamp<uint64_t>(blocks / n, 1, most); };
+  if (!together) {
+    // As many rounds as leave few blocks without work: the fewest of up to 16 that are within an eighth of the best.
+    const uint64_t fewest = ceil_div(tiles, std::min<uint64_t>(tiles, blocks / needed));
+    uint64_t busy_best = 0;  // blocks, over all rounds; compared as a share
+    uint64_t rounds_best = 1;
+    for (uint64_t rounds = fewest; rounds <= std::clamp<uint64_t>(16, fewest, tiles); ++rounds) {
+      const uint64_t n = ceil_div(tiles, rounds), busy = tiles * parts_of(n);
+      if (8 * busy * rounds_best <= 9 * busy_best * rounds) continue;
+      busy_best = busy;
+      rounds_best = rounds;
+      teams = n;
+    }
+  }
+  c.parts = uint32_t(parts_of(teams));
+  c.residency.teams = c.parts == 1 ? tiles : uint32_t(teams);  // who waits for nobody needs no place beside the others
+  c.residency.steps = uint32_t(std::min(most_steps, ceil_div(ceil_div(length, c.parts), at_once)));
+  const uint64_t kept = uint64_t(c.residency.steps) * at_once, longer = length % c.parts, shorter = length / c.parts;
+  c.kept = longer * std::min(kept, shorter + 1) + (c.parts - longer) * std::min(kept, shorter);
+  return c;
+}
+
+// The best cut for `blocks_per_sm` blocks on an SM where all is kept, else for one, which leaves the most to keep.
+// `unit_bytes`: of the tensors that are kept, together.
+inline Cut best_cut(const DeviceLimits& device, int blocks_per_sm, int64_t other_shared, int64_t unit_bytes,
+                    uint32_t tiles, uint64_t length, uint32_t at_once, uint32_t threads, uint64_t most_parts,
+                    bool together) {
+  Cut cut{};
+  for (int on_sm = blocks_per_sm;; --on_sm) {
+    const int64_t shared = device.shared_per_sm / on_sm - kReservedShared - other_shared;
+    const uint64_t steps = uint64_t(std::max<int64_t>(0, shared) / (threads * unit_bytes));
+    cut = cut_of(tiles, length, at_once, most_parts, uint64_t(device.sm_count) * on_sm, steps, together);
+    cut.residency.keeps_bytes = uint32_t(cut.residency.steps * threads * unit_bytes);
+    if (cut.kept == length || on_sm == 1) return cut;
+  }
+}
+
 // Why a block cannot have all values of its channels, or nullptr where it can.
 inline const char* obstacle_to_small(const Problem& p, const Rows& rows, bool mask) {
   if (p.inner == 1) return rows.domains() == rows.tiles ? nullptr : "copies of a channel lie in several blocks";
@@ -189,9 +277,18 @@ inline const char* obstacle_to_small(const Problem& p, const Rows& rows, bool ma
   return nullptr;
 }
 
+// Why blocks cannot wait for each other and keep what they have read, or nullptr where they can.
+inline const char* obstacle_to_resident(const Problem& p, const Rows& rows, bool mask, const DeviceLimits& device) {
+  if (!device.cooperative) return "blocks of this device cannot wait for each other";
+  if (p.inner > 1) return obstacle_to_small(p, rows, mask);
+  if (rows.domains() == rows.tiles || rows.tiles <= uint32_t(device.sm_count)) return nullptr;
+  return "copies of a channel lie in more blocks than can wait for each other";
+}
+
 struct Choice {
   bool small;
   const char* why;
+  bool cached = false;  // small, as long as the cache keeps a channel
 };
 
 // Whether one launch, with a block for each channel or tile, is expected to be the faster way.
@@ -204,24 +301,80 @@ inline Choice prefers_small(const Problem& p, const Rows& rows, const DeviceLimi
   const int64_t bytes = p.rows() * size_of(p.dtype);
   if (bytes <= kSmallBytes) return {true, "a channel is small"};
   if (bytes <= kCachedBytes && p.channels >= 2 * int64_t(device.sm_count)) {
-    return {true, "a channel fits the cache, and the channels fill the device"};
+    return {true, "a channel fits the cache, and the channels fill the device", true};
   }
   return {false, "a channel is too large for one block"};
 }
 
-inline Choice choose(const Problem& p, const Rows& small_rows, bool mask, const DeviceLimits& device,
-                     const Strategy* forced) {
-  if (const char* why = obstacle_to_small(p, small_rows, mask)) return {false, why};
-  if (forced) return {*forced == Strategy::kSmall, "it was asked for"};
-  return prefers_small(p, small_rows, device);
+// 64 bytes of each row that a block reads: the narrower a tile, the more of its rows stay on chip.
+inline Rows resident_rows(const Problem& p) {
+  return rows_of(p, std::max(1u, 64u / uint32_t(kUnitValues * size_of(p.dtype))), 1);
+}
+
+// `tensors`: how many a call reads a second time once the sums are known, and may keep.
+inline Plan resident_plan(Plan plan, const Problem& p, int tensors, const DeviceLimits& device) {
+  plan.strategy = Strategy::kResident;
+  plan.launches = 1;
+  const bool rows = p.inner == 1;
+  const int64_t unit_bytes = tensors * kUnitValues * size_of(p.dtype);
+  const int blocks_per_sm = resident_blocks_per_sm(p.dtype, rows);
+  uint64_t length;
+  Cut cut;
+  if (rows) {
+    Rows& s = plan.reduce_rows = resident_rows(p);
+    length = s.rows;
+    const uint64_t most_parts = ceil_div(length, uint64_t(s.lanes) * kRowsPerThread);
+    cut = best_cut(device, blocks_per_sm, static_shared(rows) + table_bytes(s), unit_bytes, s.tiles, length, s.lanes,
+                   s.threads, most_parts, s.domains() != s.tiles);
+    s.parts = cut.parts;
+    plan.partials = int64_t(s.parts) * s.columns * kUnitValues;
+    plan.tickets = 2 * int64_t(s.domains()) + 1;
+  } else {
+    Planes& s = plan.planes = planes_of(p, true, device);
+    length = s.units_per_channel;
+    s.threads = uint32_t(std::min<uint64_t>(ceil_div(length, 32) * 32, kThreads));
+    const uint64_t most_parts = ceil_div(length, uint64_t(s.threads) * kRowsPerThread);
+    cut = best_cut(device, blocks_per_sm, static_shared(rows), unit_bytes, s.channels, length, s.threads, s.threads,
+                   most_parts, false);
+    s.parts = cut.parts;
+    plan.partials = int64_t(s.parts) * s.channels;
+    plan.tickets = 2 * int64_t(s.domains()) + 1;
+  }
+  plan.residency = cut.residency;
+  // Exact but where planes share units: there the units of a channel are taken to have as many values each.
+  plan.residency.values = cut.kept == length ? p.numel() : p.numel() / int64_t(length) * int64_t(cut.kept);
+  plan.why = cut.kept == length ? "what is needed twice stays on chip"
+             : cut.kept > 0     ? "a part of what is needed twice stays on chip"
+                                : "nothing of what is needed twice fits on the chip";
+  return plan;
+}
+
+// Whether keeping saves more than the waits cost. What fits entirely does: a tile has half of what the chip holds, or
+// it leaves room for another team, which runs while this one waits. Of larger ones one after the other has the whole
+// chip.
+inline bool gains(const Plan& plan, const Problem& p, int tensors) {
+  if (plan.residency.values == p.numel()) return true;
+  const int64_t rounds = p.inner == 1 ? plan.reduce_rows.domains() : plan.planes.channels;
+  return plan.residency.values * tensors * size_of(p.dtype) > (rounds - 1) * kWaitBytes;
 }
 
 // How the sums are taken. `waits`: something that is written waits for them; else one launch does, however it is cut.
-inline void choose_reduce(Plan* plan, const Problem& p, bool mask, const DeviceLimits& device, bool waits,
+inline void choose_reduce(Plan* plan, const Problem& p, bool mask, int tensors, const DeviceLimits& device, bool waits,
                           const Strategy* forced) {
   const bool rows = p.inner == 1;
   const Rows small_rows = rows ? rows_of(p, 4, 1) : Rows{};
-  const Choice choice = choose(p, small_rows, mask, device, forced);
+  const char* const obstacle = obstacle_to_small(p, small_rows, mask);
+  const Choice choice = obstacle ? Choice{false, obstacle}
+                        : forced ? Choice{*forced == Strategy::kSmall, "it was asked for"}
+                                 : prefers_small(p, small_rows, device);
+  const bool may_keep = waits && !obstacle_to_resident(p, rows ? resident_rows(p) : Rows{}, mask, device);
+  if (may_keep && (forced ? *forced == Strategy::kResident : !choice.small || choice.cached)) {
+    const Plan resident = resident_plan(*plan, p, tensors, device);
+    if (forced || gains(resident, p, tensors)) {
+      *plan = resident;
+      return;
+    }
+  }
   plan->why = choice.why;
   if (choice.small && waits) {
     plan->strategy = Strategy::kSmall;
@@ -230,8 +383,10 @@ inline void choose_reduce(Plan* plan, const Problem& p, bool mask, const DeviceL
     if (rows) {
       plan->reduce_rows = small_rows;
       plan->reduce_rows.parts = 1;
+      plan->residency.teams = small_rows.tiles;
     } else {
       plan->planes = planes_of(p, true, device);
+      plan->residency.teams = plan->planes.channels;
     }
     return;
   }
@@ -283,10 +438,10 @@ inline Plan plan_train(const Problem& p, const Request& request, const DeviceLim
   Plan plan{};
   plan.layout = p.inner == 1 ? Layout::kRows : Layout::kPlanes;
   plan.wide = request.wide;
-  detail::choose_reduce(&plan, p, request.mask, device, true, forced);
+  detail::choose_reduce(&plan, p, request.mask, 1, device, true, forced);
   if (plan.strategy == Strategy::kStreaming) detail::choose_apply(&plan, p, device);
   const int64_t a = p.numel() * detail::size_of(p.dtype);
-  plan.bytes_read = (2 + request.residual) * a;
+  plan.bytes_read = (2 + request.residual) * a - plan.residency.values * detail::size_of(p.dtype);
   plan.bytes_written = a + (request.mask ? (p.numel() + 7) / 8 : 0);
   return plan;
 }
@@ -319,7 +474,7 @@ inline Plan plan_backward(const Problem& p, const BackwardRequest& request, cons
     plan.why = "nothing has to be summed";
     detail::choose_apply(&plan, p, device);
   } else {
-    detail::choose_reduce(&plan, p, false, device, after_sums, forced);
+    detail::choose_reduce(&plan, p, false, 2 + request.residual, device, after_sums, forced);
     if (!after_sums) {
       plan.strategy = Strategy::kReduce;
       plan.launches = 1;
@@ -329,9 +484,13 @@ inline Plan plan_backward(const Problem& p, const BackwardRequest& request, cons
     }
   }
   const int64_t a = p.numel() * detail::size_of(p.dtype);
-  const int64_t once = (2 + request.residual) * a + (request.mask ? (p.numel() + 7) / 8 : 0);
-  const bool twice = plan.strategy == Strategy::kSmall || plan.strategy == Strategy::kStreaming;
-  plan.bytes_read = twice ? 2 * once : once;
+  const auto read = [&](int64_t values) {
+    const int64_t units_of_mask = request.mask ? (values + detail::kUnitValues - 1) / detail::kUnitValues : 0;
+    return (2 + request.residual) * values * detail::size_of(p.dtype) + units_of_mask;
+  };
+  plan.bytes_read = read(p.numel());
+  const bool twice = plan.strategy != Strategy::kApply && plan.strategy != Strategy::kReduce;
+  if (twice) plan.bytes_read += read(p.numel() - plan.residency.values);
   plan.bytes_written = (int(request.grad_x) + int(request.grad_residual)) * a;
   return plan;
 }

@@ -14,6 +14,9 @@ from functools import cache
 import pytest
 import torch
 
+import cases
+import checks
+from bnfused import _extension
 from emulator import emulated
 from emulator.build import ROOT, build
 
@@ -128,6 +131,7 @@ def is_a_race(case: str, dropped_site: str) -> bool:
 # (N, C, H, W) with planes of whole units of 8 values, and their places in memory.
 SHAPE = (6, 16, 8, 16)
 LAYOUTS = {"planes": torch.contiguous_format, "rows": torch.channels_last}
+CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # enum class DType
 # The names of the arguments of each activation code: does the backward need the residual again, or a mask?
 IDENTITY, RELU, SILU = 0, 1, 5
 
@@ -170,7 +174,7 @@ TENSORS = {"x", "residual", "y", "mask", "grad_y", "grad_x", "grad_residual"}
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", emulated.STRATEGIES)
 def test_forward_bytes(strategy, layout, residual, dtype):
-    """Two reads of x and one write of y, the residual once, a bit for each value of the mask."""
+    """Two reads of x, one where it stays on chip, and one write of y; the residual once, a bit a value of the mask."""
     inputs = tensors(SHAPE, layout, dtype, residual)
     a = inputs[0].nbytes
     with emulated.settings(strategy=strategy):
@@ -180,7 +184,7 @@ def test_forward_bytes(strategy, layout, residual, dtype):
     if strategy == "streaming":
         expected = [({"x": a}, {}), (applied_read, applied_written)]
     else:
-        expected = [(applied_read | {"x": 2 * a}, applied_written)]
+        expected = [(applied_read | {"x": a if strategy == "resident" else 2 * a}, applied_written)]
     assert [(moved(launch, "read", TENSORS), moved(launch, "written", TENSORS)) for launch in launches] == expected
     assert_wide(launches)
 
@@ -194,7 +198,7 @@ def test_forward_bytes(strategy, layout, residual, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", emulated.STRATEGIES)
 def test_backward_bytes(strategy, layout, activation, residual, dtype):
-    """grad_y and x twice, with what the activation needs to know of z; one write of each gradient."""
+    """grad_y and x twice, once where they stay on chip, with what the activation needs; one write of each gradient."""
     inputs = tensors(SHAPE, layout, dtype, residual)
     a = inputs[0].nbytes
     with emulated.settings(strategy=strategy):
@@ -207,9 +211,81 @@ def test_backward_bytes(strategy, layout, activation, residual, dtype):
     if strategy == "streaming":
         expected = [(once, {}), (once, written)]
     else:
-        expected = [({name: 2 * n for name, n in once.items()}, written)]
+        expected = [({name: n if strategy == "resident" else 2 * n for name, n in once.items()}, written)]
     assert [(moved(launch, "read", TENSORS), moved(launch, "written", TENSORS)) for launch in launches] == expected
     assert_wide(launches)
+
+
+# Of an SM: nothing fits, a unit or a few of each thread do, all of the small tensors below do.
+KIB_OF_SHARED = (20, 40, 60, 228)
+
+
+@pytest.mark.parametrize("activation, residual", [(RELU, False), (RELU, True), (SILU, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(24, 16, 8, 16), (3, 5, 40, 56), (2, 160, 12, 16)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_kept_is_what_was_predicted(layout, shape, dtype, activation, residual):
+    """The bytes that cross to and from memory are the plan's, whether all, a part or nothing stays on chip.
+
+    Traps: a unit that is kept and read again; one that is recalled and was never kept.
+    """
+    x, added, *parameters = tensors(shape, layout, dtype, residual)
+    inputs = x, added, *(t.to(cases.parameter_dtype(dtype)) for t in parameters)
+    masked = residual and activation == RELU
+    n, c, h, w = shape
+    outer, inner = (n, h * w) if layout == "planes" else (n * h * w, 1)
+    problem = {"outer": outer, "channels": c, "inner": inner, "dtype": CODES[dtype], "sm_count": 4}
+    problem |= {"compute_capability": 90, "strategy": "resident"}
+    kept = []
+    for kib in KIB_OF_SHARED:
+        shared = 1024 * kib
+        request = problem | {"shared_per_sm": shared, "residual": residual}
+        forward = _extension.plan(**request, op="train", mask=masked)
+        request |= {"residual": residual and not masked, "grad_residual": residual}
+        backwards = _extension.plan(**request, op="backward", mask=masked)
+        with emulated.settings(strategy="resident", shared_per_sm=shared):
+            (_, *saved), launches = train(*inputs, activation)
+            assert [launch.kernel for launch in launches] == [f"batch_norm_resident_{layout}"]
+            more = backward(*inputs, activation, saved, [True, True, True, residual])
+            assert [launch.kernel for launch in more] == [f"batch_norm_backward_resident_{layout}"]
+        for plan, (launch,) in ((forward, launches), (backwards, more)):
+            assert sum(moved(launch, "read", TENSORS).values()) == plan["bytes_read"]
+            assert sum(moved(launch, "written", TENSORS).values()) == plan["bytes_written"]
+            assert (launch.grid, launch.dynamic_shared) == tuple(
+                plan["launches"][0][name] for name in ("blocks", "shared_bytes")
+            )
+        kept.append(forward["values_kept"])
+    assert kept == sorted(kept) and kept[-1] == x.numel()
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1, 16, 20, 65, 131])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
+@pytest.mark.parametrize("strategy", ["streaming", "resident"])
+def test_every_strategy_agrees_with_the_oracle(backend, strategy, layout, channels, dtype):
+    """Values, gradients and running statistics, of one block and of many that wait for each other, kept and read again.
+
+    Traps: a tile's constants that are still those of the tile before; a plane's edge that is kept with its neighbour's.
+    """
+    shape = (3, channels, 13, 15) if channels < 65 else (3, channels, 5, 7)
+    fusions = ({}, {"residual": True, "activation": "relu"}, {"residual": True, "activation": "silu"})
+    for fused, kib in zip(fusions, (48, 228, 40), strict=True):
+        with emulated.settings(strategy=strategy, shared_per_sm=1024 * kib):
+            checks.check_against_oracle(backend.batch_norm, cases.make(shape, dtype=dtype, layout=layout, **fused))
+
+
+def test_blocks_that_wait_have_to_be_there_together():
+    """They pass as a cooperative launch; where being together is only hoped for, the wait without end is reported."""
+    x = torch.randn(64, 16, 8, 16)
+    inputs = x, None, torch.ones(16), torch.zeros(16)
+    few = {"shared_per_sm": 48 * 1024, "resident_blocks": 2, "order": "forward"}
+    with emulated.settings(strategy="resident", **few):
+        _, (launch,) = train(*inputs, IDENTITY)
+    assert launch.grid > 2
+    report = r"batch_norm_resident_planes, livelock: thread 0 .* wait in __syncthreads"
+    with emulated.settings(strategy="resident", hopes=True, **few), pytest.raises(RuntimeError, match=report):
+        train(*inputs, IDENTITY)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -246,7 +322,8 @@ def test_odd_sizes_move_no_more(strategy, layout, shape):
     passes = len(launches) // 2  # over x, in all launches of one direction
     for direction, read, written in ((launches[:passes], ["x"], "y"), (launches[passes:], ["x", "grad_y"], "grad_x")):
         for name in read:
-            assert sum(launch.read[name].bytes for launch in direction if name in launch.read) == 2 * a
+            times = 1 if strategy == "resident" else 2
+            assert sum(launch.read[name].bytes for launch in direction if name in launch.read) == times * a
         assert sum(launch.written[written].bytes for launch in direction if written in launch.written) == a
     for launch in launches:
         for side in (launch.read, launch.written):

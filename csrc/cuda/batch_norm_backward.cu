@@ -1,7 +1,8 @@
-// Backward: sums, then the gradients that wait for them, in one launch where a block can have a channel.
+// Backward: sums, then the gradients that wait for them, in one launch or two.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "kernels/batch_norm_backward.cuh"
+#include "kernels/batch_norm_resident.cuh"
 
 namespace bnfused::cuda {
 namespace {
@@ -38,15 +39,14 @@ GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Wo
   return g;
 }
 
+// In one launch.
 template <class T, class Act>
-cudaError_t small(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_t stream) {
+cudaError_t resident(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_t stream) {
+  static_assert(std::max(sizeof(Forward<T>) + sizeof(GradSums), sizeof(Constants<T>)) <= detail::kSharedOfColumn);
   if (plan.layout == Layout::kPlanes) {
-    const Planes& s = plan.planes;
-    return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_backward_small_planes<T, Act>, args, s);
+    return launch_resident(plan, plan.planes, stream, batch_norm_backward_resident_planes<T, Act>, args);
   }
-  const Rows& s = plan.reduce_rows;
-  const size_t shared = std::max(table_bytes<Forward<T>>(s) + table_bytes<GradSums>(s), table_bytes<Constants<T>>(s));
-  return launch(config(s.blocks(), s.threads, shared, stream), batch_norm_backward_small_rows<T, Act>, args, s);
+  return launch_resident(plan, plan.reduce_rows, stream, batch_norm_backward_resident_rows<T, Act>, args);
 }
 
 // `write`: the gradients of the tensors do not depend on the sums, and are written in the same pass.
@@ -99,7 +99,8 @@ cudaError_t batch_norm_backward(const BackwardArgs& args, const Plan& plan, Work
       const auto grads = grad_args<T>(args, plan, workspace, activation);
       switch (plan.strategy) {
         case Strategy::kSmall:
-          return small(grads, plan, stream);
+        case Strategy::kResident:
+          return resident(grads, plan, stream);
         case Strategy::kReduce:
           return reduce(grads, plan, true, stream);
         case Strategy::kApply:

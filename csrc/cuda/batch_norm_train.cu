@@ -1,7 +1,7 @@
-// Training forward: one launch where a block can have a channel, else statistics, then apply.
+// Training forward: one launch, or statistics, then apply.
 #include "cuda/apply.h"
 #include "cuda/dispatch.h"
-#include "kernels/batch_norm_small.cuh"
+#include "kernels/batch_norm_resident.cuh"
 
 namespace bnfused::cuda {
 namespace {
@@ -13,6 +13,7 @@ StatsArgs<T> stats_args(const TrainArgs& args, const Plan& plan, Workspace works
           plan.wide,
           static_cast<Moments<Accumulate<T>>*>(workspace.partials),
           workspace.tickets,
+          workspace.tickets + plan.tickets - 1,
           FinishStats(args)};
 }
 
@@ -30,23 +31,19 @@ ForwardConstants constants_of(const TrainArgs& args) {
   return {args.weight, args.bias, args.mean, args.invstd, {}, {}, nullptr, nullptr, args.eps};
 }
 
+// In one launch.
 template <class T>
-cudaError_t small(const TrainArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+cudaError_t resident(const TrainArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
   return with_activation(args.epilogue, [&](auto activation) {
     using Act = decltype(activation);
+    static_assert(std::max(sizeof(Moments<Accumulate<T>>), sizeof(Affine<Accumulate<T>>)) <= detail::kSharedOfColumn);
     const auto stats = stats_args<T>(args, plan, workspace);
     const auto body = body_of<T>(args, plan, activation);
     const auto constants = constants_of(args);
     if (plan.layout == Layout::kPlanes) {
-      const Planes& s = plan.planes;
-      return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_small_planes<T, Act>, stats, body, constants,
-                    s);
+      return launch_resident(plan, plan.planes, stream, batch_norm_resident_planes<T, Act>, stats, body, constants);
     }
-    const Rows& s = plan.reduce_rows;
-    // First the moments of the tile's columns, then their constants.
-    const size_t shared = std::max(table_bytes<Moments<Accumulate<T>>>(s), table_bytes<Affine<Accumulate<T>>>(s));
-    return launch(config(s.blocks(), s.threads, shared, stream), batch_norm_small_rows<T, Act>, stats, body, constants,
-                  s);
+    return launch_resident(plan, plan.reduce_rows, stream, batch_norm_resident_rows<T, Act>, stats, body, constants);
   });
 }
 
@@ -71,7 +68,9 @@ cudaError_t batch_norm_train(const TrainArgs& args, const Plan& plan, Workspace 
   if (plan.strategy == Strategy::kEmpty) return launch_empty(args, args.num_batches_tracked, stream);
   return with_dtype(args.problem.dtype, [&](auto t) {
     using T = decltype(t);
-    if (plan.strategy == Strategy::kSmall) return small<T>(args, plan, workspace, stream);
+    if (plan.strategy == Strategy::kSmall || plan.strategy == Strategy::kResident) {
+      return resident<T>(args, plan, workspace, stream);
+    }
     const cudaError_t status = stats<T>(args, plan, workspace, stream);
     if (status != cudaSuccess) return status;
     return apply({args.problem, args.x, args.residual, args.y, args.mask, constants_of(args), args.epilogue}, plan,

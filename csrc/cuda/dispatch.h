@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "batch_norm.h"
 #include "kernels/batch_norm_empty.cuh"
@@ -64,6 +65,16 @@ cudaError_t launch_empty(const Args& args, int64_t* num_batches_tracked, cudaStr
   const int64_t blocks = std::max<int64_t>(1, (channels + kMaxThreads - 1) / kMaxThreads);
   return launch(config(uint32_t(blocks), kMaxThreads, 0, stream), batch_norm_empty<Args>, args, uint32_t(channels),
                 num_batches_tracked);
+}
+
+// kSmall and kResident. Where blocks wait for each other they all run at once, or nothing runs.
+template <class Shape, class... Parameters, class... Arguments>
+cudaError_t launch_resident(const Plan& plan, const Shape& s, cudaStream_t stream, void (*kernel)(Parameters...),
+                            const Arguments&... arguments) {
+  LaunchConfig c = config(plan.residency.blocks(s.parts), s.threads, plan.residency.keeps_bytes, stream);
+  if constexpr (std::is_same_v<Shape, Rows>) c.shared_bytes += size_t(detail::table_bytes(s));
+  c.cooperative = s.blocks() > s.domains();
+  return launch(c, kernel, arguments..., s, plan.residency);
 }
 
 template <class Constants>

@@ -5,6 +5,7 @@
 //   blocks    Rows: a tile of columns x a part of the rows. Planes: a run of units
 //   needs     mean and invstd of the batch, or running statistics
 #pragma once
+#include "kernels/on_chip.cuh"
 #include "kernels/pointwise.cuh"
 #include "kernels/sweep.cuh"
 
@@ -38,6 +39,7 @@ struct ForwardConstants {
 
 template <class T, class Activation>
 struct ForwardBody {
+  using Value = T;
   using A = Accumulate<T>;
   using Constants = Affine<A>;
   static constexpr int kLoads = Activation::template kLoads<T>;
@@ -53,6 +55,17 @@ struct ForwardBody {
 
   __device__ __forceinline__ void load(Loaded& loaded, uint32_t unit, Span span) const {
     load_unit(loaded.x, x + int64_t(unit) * kUnit, span, wide);
+    load_residual(loaded, unit, span);
+  }
+
+  // x was kept; the residual is read here only.
+  __device__ __forceinline__ void recall(Loaded& loaded, const OnChip<T>& kept, uint32_t step, uint32_t unit,
+                                         Span span) const {
+    kept.get(step, 0, loaded.x);
+    load_residual(loaded, unit, span);
+  }
+
+  __device__ __forceinline__ void load_residual(Loaded& loaded, uint32_t unit, Span span) const {
     if (residual != nullptr) load_unit(loaded.residual, residual + int64_t(unit) * kUnit, span, wide);
   }
 

@@ -7,12 +7,13 @@
 //   reduce  reads grad_y, x and what the activation needs (the residual, or the mask) once; writes a GradSums for each
 //           channel and part; where the statistics were given, writes the gradients of the tensors in the same pass
 //   apply   reads the same once more, writes grad_x and grad_residual
-//   small   both in one launch, where a block can have all values of its channels
 //   blocks  Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units; apply: a run of
 //   units needs   workspace for the partials and for slope and offset; tickets that are 0, and are 0 again afterwards
+//   both in one launch: batch_norm_resident.cuh
 #pragma once
 #include "kernels/accumulators.cuh"
 #include "kernels/batch_norm_stats.cuh"
+#include "kernels/on_chip.cuh"
 #include "kernels/pointwise.cuh"
 #include "kernels/sweep.cuh"
 
@@ -69,6 +70,7 @@ struct BackwardConstants {
 
 template <class T, class Activation>
 struct BackwardBody {
+  using Value = T;
   using A = Accumulate<T>;
   using Constants = GradAffine<A>;
   static constexpr int kLoadsOfReduce = Activation::template kLoads<T>;
@@ -93,6 +95,29 @@ struct BackwardBody {
       if (residual != nullptr) load_unit(loaded.residual, residual + at, span, wide);
     }
     if constexpr (Activation::kMasked) loaded.mask = load_global(mask + unit);
+  }
+
+  __device__ __forceinline__ bool needs_residual() const { return Activation::kNeedsZ && residual != nullptr; }
+  __device__ __forceinline__ uint32_t tensors() const { return 2 + needs_residual(); }  // that are kept
+
+  // grad_y is kept as it is behind the mask, and the mask not at all.
+  __device__ __forceinline__ void keep(const Loaded& loaded, const OnChip<T>& kept, uint32_t step) const {
+    Pack<T> passed = loaded.grad_y;
+    if constexpr (Activation::kMasked) {
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) passed.v[k] = loaded.mask >> k & 1 ? passed.v[k] : from_accumulate<T>(0);
+    }
+    kept.put(step, 0, passed);
+    kept.put(step, 1, loaded.x);
+    if (needs_residual()) kept.put(step, 2, loaded.residual);
+  }
+
+  __device__ __forceinline__ void recall(Loaded& loaded, const OnChip<T>& kept, uint32_t step, uint32_t /*unit*/,
+                                         Span) const {
+    kept.get(step, 0, loaded.grad_y);
+    kept.get(step, 1, loaded.x);
+    if (needs_residual()) kept.get(step, 2, loaded.residual);
+    loaded.mask = ~0u;
   }
 
   // g and d of every value.
@@ -159,8 +184,8 @@ struct GradRun {
 
 // Sums of the 8 values of one column, over the thread's rows. `write`: the gradients of the tensors need no sums, and
 // are written on the way.
-template <class Body>
-__device__ __forceinline__ void column_grad_sums(const Body& body, int64_t numel, const Rows& s,
+template <class Body, class Source>
+__device__ __forceinline__ void column_grad_sums(const Body& body, const Source& source, int64_t numel, const Rows& s,
                                                  const RowsThread& thread,
                                                  const ColumnConstants<Affine<typename Body::A>>& forward, bool write,
                                                  GradSums (&total)[kUnit]) {
@@ -171,7 +196,7 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, int64_t numel
   const auto constants_of = [&](int k) { return typename Body::Constants{forward(k), 0, 0}; };
   const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
   const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
-  uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane;
+  uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane, done = 0;  // units
   while (row < end) {
     GradRun<A> run[kInRuns ? kUnit : 1];
     for (int step = 0; step < kStepsOfRun && row < end; ++step) {
@@ -180,8 +205,14 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, int64_t numel
       for (int i = 0; i < kLoads; ++i) {
         const uint32_t r = row + i * s.lanes;
         const uint32_t unit = r * s.columns + thread.column;
-        if (r < end && unit < units) body.load(loaded[i], unit, span_of(unit, numel));
+        if (r < end && unit < units) source.load(loaded[i], unit, span_of(unit, numel), done + i);
       }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const uint32_t r = row + i * s.lanes;
+        if (r < end && r * s.columns + thread.column < units) source.keep(loaded[i], done + i);
+      }
+      done += kLoads;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const uint32_t unit = row * s.columns + thread.column;
@@ -211,26 +242,29 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, int64_t numel
 }
 
 // Sums of a channel over the thread's units of its planes.
-template <class Body>
-__device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Planes& s, const PlanesBlock& block,
-                                                    const Affine<typename Body::A>& forward, bool write) {
+template <class Body, class Source>
+__device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Source& source, const Planes& s,
+                                                    const PlanesBlock& block, const Affine<typename Body::A>& forward,
+                                                    bool write) {
   using A = typename Body::A;
   constexpr int kLoads = Body::kLoadsOfReduce;
   const auto constants_of = [&](int) { return typename Body::Constants{forward, 0, 0}; };
   GradSums total;
-  for (uint32_t first = block.begin + threadIdx.x; first < block.end; first += kLoads * blockDim.x) {
+  const auto number_of = [&](uint32_t step) { return block.begin + threadIdx.x + step * blockDim.x; };
+  for (uint32_t step = 0; number_of(step) < block.end; step += kLoads) {
     typename Body::Loaded loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (first + i * blockDim.x >= block.end) continue;
-      const PlaneUnit at(s, block.channel, first + i * blockDim.x);
-      if (!at.span.empty()) body.load(loaded[i], at.unit, at.span);
+      if (number_of(step + i) >= block.end) continue;
+      const PlaneUnit at(s, block.channel, number_of(step + i));
+      if (!at.span.empty()) source.load(loaded[i], at.unit, at.span, step + i);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (first + i * blockDim.x >= block.end) continue;
-      const PlaneUnit at(s, block.channel, first + i * blockDim.x);
+      if (number_of(step + i) >= block.end) continue;
+      const PlaneUnit at(s, block.channel, number_of(step + i));
       if (at.span.empty()) continue;
+      source.keep(loaded[i], step + i);
       A g[kUnit], d[kUnit];
       body.differentiate(loaded[i], constants_of, g, d);
       if (write) body.write(at.unit, at.span, g, d, constants_of);
@@ -252,19 +286,20 @@ struct GradArgs {
   BackwardConstants constants;
   int64_t numel;
   GradSums* partials;
-  unsigned* tickets;  // one for each domain of the layout
+  unsigned* tickets;  // one for each domain of the layout, and where blocks wait for each other a gate for each
 };
 
 template <class T, class Activation>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     batch_norm_backward_reduce_rows(GradArgs<T, Activation> args, bool write, Rows s) {
   using A = Accumulate<T>;
+  using Body = BackwardBody<T, Activation>;
   BNFUSED_DYNAMIC_SHARED(Affine<A>, table);
   const RowsThread thread(s);
   const ColumnConstants<Affine<A>> forward(table, s, thread,
                                            [&](uint32_t c, bool) { return args.constants.template forward<A>(c); });
   GradSums sums[kUnit];
-  column_grad_sums(args.body, args.numel, s, thread, forward, write, sums);
+  column_grad_sums(args.body, FromMemory<Body>{args.body}, args.numel, s, thread, forward, write, sums);
   merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
   finish_rows(sums, args.partials, args.tickets, s, thread,
               [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
@@ -274,9 +309,10 @@ template <class T, class Activation>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_backward_reduce_planes(GradArgs<T, Activation> args, bool write, Planes s) {
   using A = Accumulate<T>;
+  using Body = BackwardBody<T, Activation>;
   const PlanesBlock block(s);
   const Affine<A> forward = args.constants.template forward<A>(block.channel);
-  GradSums sums = plane_grad_sums(args.body, s, block, forward, write);
+  GradSums sums = plane_grad_sums(args.body, FromMemory<Body>{args.body}, s, block, forward, write);
   merge_block(sums);
   finish_channel(sums, args.partials, args.tickets, s, block,
                  [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
@@ -294,35 +330,6 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_backward_apply_planes(BackwardBody<T, Activation> body, BackwardConstants constants, int64_t numel,
                                      Flat s) {
   sweep_flat(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
-}
-
-template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, 1) batch_norm_backward_small_rows(GradArgs<T, Activation> args, Rows s) {
-  using A = Accumulate<T>;
-  BNFUSED_DYNAMIC_SHARED(Affine<A>, table);  // kUnit * tile, and behind it as many sums
-  GradSums* of_columns = reinterpret_cast<GradSums*>(table + kUnit * s.tile);
-  const RowsThread thread(s);
-  const ColumnConstants<Affine<A>> forward(table, s, thread,
-                                           [&](uint32_t c, bool) { return args.constants.template forward<A>(c); });
-  GradSums sums[kUnit];
-  column_grad_sums(args.body, args.numel, s, thread, forward, false, sums);
-  merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
-  finish_tile(sums, of_columns, s, thread,
-              [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
-  sweep_rows(args.body, args.numel, s, [&](uint32_t c, bool) { return args.constants.template get<A>(c); });
-}
-
-template <class T, class Activation>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
-    batch_norm_backward_small_planes(GradArgs<T, Activation> args, Planes s) {
-  using A = Accumulate<T>;
-  const PlanesBlock block(s);
-  const Affine<A> forward = args.constants.template forward<A>(block.channel);
-  GradSums sums = plane_grad_sums(args.body, s, block, forward, false);
-  merge_block(sums);
-  if (threadIdx.x == 0) args.constants.template finish<A>(block.channel, sums);
-  __syncthreads();  // slope and offset of the channel are written
-  sweep_channel(args.body, s, block, args.constants.template get<A>(block.channel));
 }
 
 }  // namespace bnfused

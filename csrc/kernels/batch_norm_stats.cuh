@@ -11,9 +11,21 @@
 
 namespace bnfused {
 
-// Moments of the 8 values of one column, over the thread's rows.
+// x as the statistics read it: all loads of a run are on their way before the first is kept.
 template <class T>
-__device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool wide, const Rows& s,
+struct XFromMemory {
+  const T* x;
+  bool wide;
+
+  __device__ __forceinline__ void load(Pack<T>& pack, uint32_t unit, Span span) const {
+    load_unit(pack, x + int64_t(unit) * kUnit, span, wide);
+  }
+  __device__ __forceinline__ void keep(const Pack<T>&, uint32_t /*step*/) const {}
+};
+
+// Moments of the 8 values of one column, over the thread's rows. `source` keeps the thread's units, counted in steps.
+template <class T, class Source>
+__device__ __forceinline__ void column_moments(const Source& source, int64_t numel, const Rows& s,
                                                const RowsThread& thread, Moments<Accumulate<T>> (&total)[kUnit]) {
   using A = Accumulate<T>;
   constexpr int kLoads = kLoadsAtOnce<T>;
@@ -23,7 +35,8 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
   const uint32_t rows = (whole_units + s.columns - 1 - thread.column) / s.columns;
   const uint32_t part_end = part_begin(s.rows, thread.part + 1, s.parts);
   const uint32_t end = part_end < rows ? part_end : rows;
-  uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane;
+  const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
+  uint32_t row = begin + thread.lane, done = 0;  // units
   while (row < end) {
     Run<A, A> run[kUnit];
     A count = 0;
@@ -35,10 +48,14 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
         for (int i = 0; i < kLoads; ++i) {
           const uint32_t r = row + i * s.lanes;
           if (r < end) {
-            load_unit(packs[i], x + (int64_t(r) * s.columns + thread.column) * kUnit, {0, kUnit}, wide);
+            source.load(packs[i], r * s.columns + thread.column, {0, kUnit});
           } else {
             packs[i] = packs[0];
           }
+        }
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          if (row + i * s.lanes < end) source.keep(packs[i], done + i);
         }
         if (step == 0) {
 #pragma unroll
@@ -56,6 +73,7 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
             for (int k = 0; k < kUnit; ++k) run[k].add(to_accumulate(packs[i].v[k]), factor);
             count += 1;
             row += s.lanes;
+            ++done;
           }
         }
       }
@@ -65,6 +83,7 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
       if (!overflowed || factor != 1) break;
       factor = kShrink;
       row -= uint32_t(count) * s.lanes;
+      done -= uint32_t(count);
       count = 0;
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) run[k] = {run[k].shift};
@@ -72,11 +91,12 @@ __device__ __forceinline__ void column_moments(const T* x, int64_t numel, bool w
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) total[k].merge(run[k].moments(count, factor));
   }
-  // The last unit of the tensor, if it is not whole.
+  // The last unit of the tensor, if it is not whole, is in the last row.
   const Span rest = span_of(whole_units, numel);
-  if (rest.end > 0 && thread.column == whole_units % s.columns && thread.part == s.parts - 1 && thread.lane == 0) {
+  if (rest.end > 0 && thread.column == whole_units % s.columns && row == s.rows - 1 && thread.part == s.parts - 1) {
     Pack<T> pack;
-    load_unit(pack, x + int64_t(whole_units) * kUnit, rest, wide);
+    source.load(pack, whole_units, rest);
+    source.keep(pack, done);
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
       if (rest.has(k)) total[k].merge({double(to_accumulate(pack.v[k])), 0, 1});
@@ -100,23 +120,24 @@ __device__ __forceinline__ Accumulate<T> mean_of_owned(const Pack<T>& pack, Span
 }
 
 // Moments of a channel over the thread's units of its planes.
-template <class T>
-__device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const T* x, bool wide, const Planes& s,
+template <class T, class Source>
+__device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& source, const Planes& s,
                                                                 const PlanesBlock& block) {
   using A = Accumulate<T>;
   constexpr int kLoads = kLoadsAtOnce<T>;
   Moments<A> total;
-  for (uint32_t first = block.begin + threadIdx.x; first < block.end; first += kLoads * blockDim.x) {
+  const auto number_of = [&](uint32_t step) { return block.begin + threadIdx.x + step * blockDim.x; };
+  for (uint32_t step = 0; number_of(step) < block.end; step += kLoads) {
     Pack<T> packs[kLoads];
     Span spans[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const uint32_t number = first + i * blockDim.x;
+      const uint32_t number = number_of(step + i);
       spans[i] = {0, 0};
       if (number < block.end) {
         const PlaneUnit at(s, block.channel, number);
         spans[i] = at.span;
-        if (!at.span.empty()) load_unit(packs[i], x + int64_t(at.unit) * kUnit, at.span, wide);
+        if (!at.span.empty()) source.load(packs[i], at.unit, at.span);
       }
     }
     // All values are in registers: first their mean, then what is about it. Units are added in A and their sums in
@@ -126,12 +147,23 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const T* x, bool
 #pragma unroll
     for (int i = kLoads - 1; i >= 0; --i) {
       if (spans[i].empty()) continue;
+      source.keep(packs[i], step + i);
       shift = mean_of_owned(packs[i], spans[i]);
       count += spans[i].end - spans[i].begin;
     }
     if (count == 0) continue;
     Run<A, double> run{shift};
-    const auto add_all = [&](A factor) {
+    A factor = 1;
+    // The first pass finds the mean, the second what is about it, a third does that again if squares overflowed. A
+    // loop: side by side they take more registers than there are for two blocks on an SM.
+#pragma unroll 1
+    for (int pass = 0; pass < 3; ++pass) {
+      if (pass == 1) shift += quotient(A(run.sum), A(count));
+      if (pass == 2) {
+        if (!run.overflowed()) break;
+        factor = kShrink;
+      }
+      run = {shift};
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         A differences[kUnit];
@@ -141,15 +173,6 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const T* x, bool
         }
         run.add_unit(differences, factor);
       }
-    };
-    add_all(1);
-    shift += quotient(A(run.sum), A(count));
-    A factor = 1;
-    for (;;) {
-      run = {shift};
-      add_all(factor);
-      if (!run.overflowed() || factor != 1) break;
-      factor = kShrink;
     }
     total.merge(run.moments(A(count), factor));
   }
@@ -200,8 +223,11 @@ struct StatsArgs {
   int64_t numel;
   bool wide;
   Moments<Accumulate<T>>* partials;
-  unsigned* tickets;  // one for each domain of the layout, and one to count the batch
+  unsigned* tickets;       // one for each domain of the layout, and where blocks wait for each other a gate for each
+  unsigned* batch_ticket;  // to count the batch
   FinishStats finish;
+
+  __device__ __forceinline__ XFromMemory<T> from_memory() const { return {x, wide}; }
 };
 
 template <class T>
@@ -209,22 +235,22 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>) batch_norm_stats
   using Sums = Moments<Accumulate<T>>;
   const RowsThread thread(s);
   Sums sums[kUnit];
-  column_moments(args.x, args.numel, args.wide, s, thread, sums);
+  column_moments<T>(args.from_memory(), args.numel, s, thread, sums);
   merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
   const bool last = finish_rows(sums, args.partials, args.tickets, s, thread,
                                 [&](uint32_t c, const Sums& all) { args.finish(c, all); });
-  if (last) args.finish.count_batch(args.tickets + s.domains(), s.domains());
+  if (last) args.finish.count_batch(args.batch_ticket, s.domains());
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>) batch_norm_stats_planes(StatsArgs<T> args, Planes s) {
   using Sums = Moments<Accumulate<T>>;
   const PlanesBlock block(s);
-  Sums sums = plane_moments(args.x, args.wide, s, block);
+  Sums sums = plane_moments<T>(args.from_memory(), s, block);
   merge_block(sums);
   const bool last = finish_channel(sums, args.partials, args.tickets, s, block,
                                    [&](uint32_t c, const Sums& all) { args.finish(c, all); });
-  if (last) args.finish.count_batch(args.tickets + s.domains(), s.domains());
+  if (last) args.finish.count_batch(args.batch_ticket, s.domains());
 }
 
 }  // namespace bnfused

@@ -29,9 +29,9 @@ struct RowsThread {
   uint32_t lane, tile, part;
   bool active;
 
-  __device__ __forceinline__ explicit RowsThread(const Rows& s) {
-    tile = blockIdx.x % s.tiles;
-    part = blockIdx.x / s.tiles;
+  __device__ __forceinline__ explicit RowsThread(const Rows& s)
+      : RowsThread(s, blockIdx.x % s.tiles, blockIdx.x / s.tiles) {}
+  __device__ __forceinline__ RowsThread(const Rows& s, uint32_t tile_, uint32_t part_) : tile(tile_), part(part_) {
     lane = threadIdx.x / s.tile;
     slot = threadIdx.x % s.tile;
     column = tile * s.tile + slot;
@@ -44,9 +44,10 @@ struct PlanesBlock {
   uint32_t channel, part;
   uint32_t begin, end;  // units of the channel
 
-  __device__ __forceinline__ explicit PlanesBlock(const Planes& s) {
-    channel = blockIdx.x % s.channels;
-    part = blockIdx.x / s.channels;
+  __device__ __forceinline__ explicit PlanesBlock(const Planes& s)
+      : PlanesBlock(s, blockIdx.x % s.channels, blockIdx.x / s.channels) {}
+  __device__ __forceinline__ PlanesBlock(const Planes& s, uint32_t channel_, uint32_t part_)
+      : channel(channel_), part(part_) {
     begin = part_begin(s.units_per_channel, part, s.parts);
     end = part_begin(s.units_per_channel, part + 1, s.parts);
   }
@@ -111,6 +112,23 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks)
   }
   __syncthreads();
   return last;
+}
+
+// Behind is_last_block: the others wait until the last of `blocks` comes here, and see what it wrote before. All of
+// them have to run at once. The gate holds how many are still to pass: it is 0 before the first and after the last.
+__device__ __forceinline__ void wait_for_last_block(unsigned* gate, bool last, unsigned blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (last) {
+      __threadfence();
+      atomicExch(gate, blocks - 1);
+    } else {
+      while (load_again(gate) == 0) __nanosleep(64);
+      atomicAdd(gate, ~0u);  // one less
+      __threadfence();
+    }
+  }
+  __syncthreads();
 }
 
 // A partial sum that another block has written.

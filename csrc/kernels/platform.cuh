@@ -33,8 +33,35 @@ struct LaunchConfig {
   unsigned cluster = 1;      // blocks that reach each other's shared memory, from sm_90 on
 };
 
+// Dynamic shared memory that a kernel gets unasked: a block has 48 KiB, and the objects of kernels take up to 28 KiB.
+constexpr size_t kSharedUnasked = 16 * 1024;
+
+// Whether the device has room for all blocks at once. A cooperative launch finds that out too, but as an error that
+// ends the capture of a graph.
+template <class... Parameters>
+cudaError_t check_resident(const LaunchConfig& config, void (*kernel)(Parameters...)) {
+  int device = 0, sms = 0, blocks_per_sm = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) {
+    status =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, int(config.block), config.shared_bytes);
+  }
+  if (status != cudaSuccess) return status;
+  return config.grid <= unsigned(sms) * unsigned(blocks_per_sm) ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  if (config.shared_bytes > kSharedUnasked) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
+  if (config.cooperative) {
+    const cudaError_t status = check_resident(config, kernel);
+    if (status != cudaSuccess) return status;
+  }
   cudaLaunchConfig_t c{};
   c.gridDim = dim3(config.grid);
   c.blockDim = dim3(config.block);
@@ -70,6 +97,19 @@ __device__ __forceinline__ void store_global(T* p, T value) {
 template <class T>
 __device__ __forceinline__ T load_from_other_block(const T* p) {
   return __ldcg(p);
+}
+
+// A word that another block of this launch is about to change, for a thread that waits for it. Orders nothing else.
+__device__ __forceinline__ unsigned load_again(const unsigned* p) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
+// `value`, unknown to the compiler: in a loop, what follows from it is computed in every round, not kept in registers.
+__device__ __forceinline__ uint32_t recomputed(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // v of the lane whose number differs in the bits of `lanes`; all 32 lanes call it. One word at a time.

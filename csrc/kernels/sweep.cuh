@@ -4,7 +4,7 @@
 //   Constants                                 what it needs to know of a channel
 //   kLoads                                    units that a thread loads before it uses the first
 //   Loaded                                    a unit's values, while several are on their way
-//   load(Loaded&, unit, span)
+//   load(Loaded&, unit, span)                 from memory
 //   store(Loaded&, unit, span, constants_of)  constants_of(k) are the Constants of value k
 // and `constants(channel, owns)` makes the Constants; `owns` is true in one block for each channel, which may then
 // write what belongs to the channel.
@@ -13,10 +13,22 @@
 
 namespace bnfused {
 
+// The tensors as a pass reads them, from memory. A thread's units are counted in steps.
+template <class Body>
+struct FromMemory {
+  const Body& body;
+
+  __device__ __forceinline__ void load(typename Body::Loaded& loaded, uint32_t unit, Span span,
+                                       uint32_t /*step*/) const {
+    body.load(loaded, unit, span);
+  }
+  __device__ __forceinline__ void keep(const typename Body::Loaded&, uint32_t /*step*/) const {}
+};
+
 // Rows of a column.
-template <class Body, class ConstantsOf>
-__device__ __forceinline__ void sweep_column(const Body& body, int64_t numel, const Rows& s, const RowsThread& thread,
-                                             const ConstantsOf& constants_of) {
+template <class Body, class Source, class ConstantsOf>
+__device__ __forceinline__ void sweep_column(const Body& body, const Source& source, int64_t numel, const Rows& s,
+                                             const RowsThread& thread, const ConstantsOf& constants_of) {
   constexpr int kLoads = Body::kLoads;
   if (!thread.active) return;
   const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
@@ -31,10 +43,10 @@ __device__ __forceinline__ void sweep_column(const Body& body, int64_t numel, co
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       has[i] = done + i < rows;
-      const uint32_t row = begin + thread.lane + (rows - 1 - done - i) * s.lanes;
-      unit[i] = row * s.columns + thread.column;
+      const uint32_t step = rows - 1 - done - i;
+      unit[i] = (begin + thread.lane + step * s.lanes) * s.columns + thread.column;
       has[i] = has[i] && unit[i] < units;
-      if (has[i]) body.load(loaded[i], unit[i], span_of(unit[i], numel));
+      if (has[i]) source.load(loaded[i], unit[i], span_of(unit[i], numel), step);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -87,7 +99,7 @@ __device__ __forceinline__ void sweep_rows(const Body& body, int64_t numel, cons
   using Constants = typename Body::Constants;
   BNFUSED_DYNAMIC_SHARED(Constants, table);
   const RowsThread thread(s);
-  sweep_column(body, numel, s, thread, ColumnConstants<Constants>(table, s, thread, constants));
+  sweep_column(body, FromMemory<Body>{body}, numel, s, thread, ColumnConstants<Constants>(table, s, thread, constants));
 }
 
 // A block's units, in memory order, of whatever planes they are.
@@ -139,25 +151,28 @@ __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, cons
   }
 }
 
-// All units of one channel, by the block that has them all.
-template <class Body>
-__device__ __forceinline__ void sweep_channel(const Body& body, const Planes& s, const PlanesBlock& block,
-                                              const typename Body::Constants& constants) {
+// All units of one channel that are of this block.
+template <class Body, class Source>
+__device__ __forceinline__ void sweep_channel(const Body& body, const Source& source, const Planes& s,
+                                              const PlanesBlock& block, const typename Body::Constants& constants) {
   constexpr int kLoads = Body::kLoads;
-  const uint32_t units = block.end - block.begin;
+  const uint32_t begin = block.begin + threadIdx.x;
   const auto constants_of = [&](int) { return constants; };
-  for (uint32_t done = threadIdx.x; done < units; done += kLoads * blockDim.x) {
+  // Units of this thread, the last first: fewer than 2^31, for a block has 32 threads.
+  for (int left = block.end > begin ? int((block.end - begin + blockDim.x - 1) / blockDim.x) : 0; left > 0;
+       left -= kLoads) {
     typename Body::Loaded loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (done + i * blockDim.x >= units) continue;
-      const PlaneUnit at(s, block.channel, block.end - 1 - done - i * blockDim.x);
-      if (!at.span.empty()) body.load(loaded[i], at.unit, at.span);
+      if (i >= left) continue;
+      const uint32_t step = uint32_t(left - 1 - i);
+      const PlaneUnit at(s, block.channel, begin + step * blockDim.x);
+      if (!at.span.empty()) source.load(loaded[i], at.unit, at.span, step);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (done + i * blockDim.x >= units) continue;
-      const PlaneUnit at(s, block.channel, block.end - 1 - done - i * blockDim.x);
+      if (i >= left) continue;
+      const PlaneUnit at(s, block.channel, begin + uint32_t(left - 1 - i) * blockDim.x);
       if (!at.span.empty()) body.store(loaded[i], at.unit, at.span, constants_of);
     }
   }

@@ -37,7 +37,9 @@ const DeviceLimits& limits_of(int device) {
   };
   const int capability =
       10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  return known[device] = {attribute(cudaDevAttrMultiProcessorCount), capability};
+  return known[device] = {attribute(cudaDevAttrMultiProcessorCount), capability,
+                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                          attribute(cudaDevAttrCooperativeLaunch) != 0};
 }
 
 // Where a call runs. The current device is that of x for as long as this lives.
@@ -94,13 +96,34 @@ struct Workspaces {
   at::Tensor partials, tickets;
 };
 
+// Launches what is planned, by `plan_for` of a strategy or of none. A device that others share may have less room than
+// its limits say for blocks that wait for each other: then by a plan in which none do.
+template <class PlanFor, class Launch>
+void run(const Call& call, const Problem& p, PlanFor plan_for, Launch launch) {
+  const auto attempt = [&](const Strategy* forced) {
+    const Plan plan = plan_for(forced);
+    const Workspaces workspaces(call, plan, p);
+    return launch(plan, workspaces.get());
+  };
+  cudaError_t status = attempt(nullptr);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // no error of a later call
+    constexpr Strategy kNoneWaits = Strategy::kStreaming;
+    status = attempt(&kNoneWaits);
+  }
+  check(status, call.op);
+}
+
 struct Cuda {
   static void batch_norm_train(const TrainArgs& args, c10::Device device) {
     const Call call("bnfused::batch_norm_train", device);
     check_fits(args.problem, call.op);
-    const Plan plan = plan_train(args.problem, cuda::request_of(args), call.limits);
-    const Workspaces workspaces(call, plan, args.problem);
-    check(cuda::batch_norm_train(args, plan, workspaces.get(), call.stream), call.op);
+    run(
+        call, args.problem,
+        [&](const Strategy* forced) { return plan_train(args.problem, cuda::request_of(args), call.limits, forced); },
+        [&](const Plan& plan, cuda::Workspace workspace) {
+          return cuda::batch_norm_train(args, plan, workspace, call.stream);
+        });
   }
 
   static void batch_norm_eval(const EvalArgs& args, c10::Device device) {
@@ -113,9 +136,14 @@ struct Cuda {
   static void batch_norm_backward(const BackwardArgs& args, c10::Device device) {
     const Call call("bnfused::batch_norm_backward", device);
     check_fits(args.problem, call.op);
-    const Plan plan = plan_backward(args.problem, cuda::request_of(args), call.limits);
-    const Workspaces workspaces(call, plan, args.problem);
-    check(cuda::batch_norm_backward(args, plan, workspaces.get(), call.stream), call.op);
+    run(
+        call, args.problem,
+        [&](const Strategy* forced) {
+          return plan_backward(args.problem, cuda::request_of(args), call.limits, forced);
+        },
+        [&](const Plan& plan, cuda::Workspace workspace) {
+          return cuda::batch_norm_backward(args, plan, workspace, call.stream);
+        });
   }
 
   static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }

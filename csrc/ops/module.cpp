@@ -28,6 +28,8 @@ const char* name_of(Strategy strategy) {
       return "apply";
     case Strategy::kReduce:
       return "reduce";
+    case Strategy::kResident:
+      return "resident";
   }
   return "";
 }
@@ -35,7 +37,8 @@ const char* name_of(Strategy strategy) {
 Strategy strategy_of(const std::string& name) {
   if (name == "small") return Strategy::kSmall;
   if (name == "streaming") return Strategy::kStreaming;
-  throw std::invalid_argument("bnfused: expected strategy small or streaming, got " + name);
+  if (name == "resident") return Strategy::kResident;
+  throw std::invalid_argument("bnfused: expected strategy small, streaming or resident, got " + name);
 }
 
 py::dict describe(const Rows& s) {
@@ -66,7 +69,15 @@ py::list describe_launches(const Plan& plan) {
   };
   const bool planes = plan.layout == Layout::kPlanes;
   if (plan.strategy == Strategy::kEmpty) add("empty", py::dict(py::arg("blocks") = 1));
-  if (plan.strategy == Strategy::kSmall) add("small", planes ? describe(plan.planes) : describe(plan.reduce_rows));
+  if (plan.strategy == Strategy::kSmall || plan.strategy == Strategy::kResident) {
+    py::dict shape = planes ? describe(plan.planes) : describe(plan.reduce_rows);
+    const Residency& r = plan.residency;
+    shape["blocks"] = r.blocks(planes ? plan.planes.parts : plan.reduce_rows.parts);
+    shape["teams"] = r.teams;
+    shape["steps"] = r.steps;
+    shape["shared_bytes"] = r.keeps_bytes + (planes ? 0 : detail::table_bytes(plan.reduce_rows));
+    add(name_of(plan.strategy), shape);
+  }
   if (plan.strategy == Strategy::kStreaming || plan.strategy == Strategy::kReduce) {
     add("reduce", planes ? describe(plan.planes) : describe(plan.reduce_rows));
   }
@@ -79,10 +90,11 @@ py::list describe_launches(const Plan& plan) {
 // The plan of the CUDA backend, on a device of which nothing more is known than its limits.
 py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, int64_t inner, int dtype, bool wide,
                       bool residual, bool mask, bool training, bool grad_x, bool grad_residual, bool grad_parameters,
-                      int sm_count, int compute_capability, const std::optional<std::string>& strategy) {
+                      int sm_count, int compute_capability, int64_t shared_per_sm, bool cooperative,
+                      const std::optional<std::string>& strategy) {
   const Problem problem{outer, channels, inner, static_cast<DType>(dtype)};
   if (!fits(problem)) throw std::invalid_argument("bnfused: expected at most 2^34 values");
-  const DeviceLimits device{sm_count, compute_capability};
+  const DeviceLimits device{sm_count, compute_capability, shared_per_sm, cooperative};
   const std::optional<Strategy> forced = strategy ? std::optional(strategy_of(*strategy)) : std::nullopt;
   const Strategy* asked = forced ? &*forced : nullptr;
   Plan plan;
@@ -99,8 +111,9 @@ py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, in
   return py::dict(py::arg("strategy") = name_of(plan.strategy),
                   py::arg("layout") = plan.layout == Layout::kPlanes ? "planes" : "rows",
                   py::arg("launches") = describe_launches(plan), py::arg("partials") = plan.partials,
-                  py::arg("tickets") = plan.tickets, py::arg("bytes_read") = plan.bytes_read,
-                  py::arg("bytes_written") = plan.bytes_written, py::arg("why") = plan.why);
+                  py::arg("tickets") = plan.tickets, py::arg("values_kept") = plan.residency.values,
+                  py::arg("bytes_read") = plan.bytes_read, py::arg("bytes_written") = plan.bytes_written,
+                  py::arg("why") = plan.why);
 }
 
 }  // namespace
@@ -130,5 +143,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dtype"), py::arg("wide") = true, py::arg("residual") = false, py::arg("mask") = false,
         py::arg("training") = true, py::arg("grad_x") = true, py::arg("grad_residual") = false,
         py::arg("grad_parameters") = true, py::arg("sm_count"), py::arg("compute_capability"),
-        py::arg("strategy") = py::none());
+        py::arg("shared_per_sm") = 0, py::arg("cooperative") = true, py::arg("strategy") = py::none());
 }

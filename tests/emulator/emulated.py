@@ -17,7 +17,9 @@ from emulator.build import build
 
 OPS = ("batch_norm_train", "batch_norm_frozen", "batch_norm_eval", "batch_norm_backward")
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-STRATEGIES = {"small": 1, "streaming": 2}  # csrc/plan.h
+STRATEGIES = {"small": 1, "streaming": 2, "resident": 5}  # csrc/plan.h
+SHARED_PER_SM = 228 * 1024  # sm_90
+_forced: str | None = None  # where settings() name no strategy
 
 
 @dataclass
@@ -85,6 +87,13 @@ def sites() -> list[str]:
     return library().bnfused_emulated_sites().decode().split()
 
 
+def force(strategy: str | None) -> None:
+    """This strategy in every call whose settings name none; None is the planner's choice again."""
+    global _forced
+    _forced = strategy
+    _apply(None, 1, 4, 4, 90, SHARED_PER_SM, False, None, "")
+
+
 @contextmanager
 def settings(
     *,
@@ -93,6 +102,8 @@ def settings(
     resident_blocks: int = 4,
     sm_count: int = 4,
     compute_capability: int = 90,
+    shared_per_sm: int = SHARED_PER_SM,
+    hopes: bool = False,
     strategy: str | None = None,
     dropped_site: str = "",
 ) -> Iterator[None]:
@@ -101,24 +112,35 @@ def settings(
     Args:
         order: forward, reverse or random, with ``seed``; None gives each call another schedule.
         resident_blocks: alive at once.
-        strategy: small or streaming, where the problem allows it; None is the planner's choice.
+        shared_per_sm: bytes; what blocks keep on chip has to fit.
+        hopes: blocks that wait for each other are launched as any others, ``resident_blocks`` at once.
+        strategy: small, streaming or resident, where the problem allows it; None is the planner's choice.
         dropped_site: a barrier or fence that does nothing, one of ``sites()``.
     """
-    _apply(order, seed, resident_blocks, sm_count, compute_capability, strategy, dropped_site)
+    _apply(order, seed, resident_blocks, sm_count, compute_capability, shared_per_sm, hopes, strategy, dropped_site)
     try:
         yield
     finally:
-        _apply(None, 1, 4, 4, 90, None, "")
+        _apply(None, 1, 4, 4, 90, SHARED_PER_SM, False, None, "")
 
 
 def _apply(
-    order: str | None, seed: int, resident: int, sms: int, capability: int, strategy: str | None, site: str
+    order: str | None,
+    seed: int,
+    resident: int,
+    sms: int,
+    capability: int,
+    shared: int,
+    hopes: bool,
+    strategy: str | None,
+    site: str,
 ) -> None:
     lib: Any = library()
     if order is None:
         lib.bnfused_emulated_vary_schedule()
     else:
         lib.bnfused_emulated_fix_schedule(ORDERS[order], seed, resident)
-    lib.bnfused_emulated_device(sms, capability)
+    lib.bnfused_emulated_device(sms, capability, shared, hopes)
+    strategy = strategy or _forced
     lib.bnfused_emulated_strategy(STRATEGIES[strategy] if strategy else -1)
     lib.bnfused_emulated_drop(site.encode())

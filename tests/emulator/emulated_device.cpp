@@ -35,6 +35,7 @@ constexpr unsigned kMaxThreadsPerBlock = 1024;
 constexpr unsigned kMaxThreadsPerSm = 2048;
 constexpr unsigned kMaxClusterBlocks = 16;
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // of a block, on sm_90
+constexpr size_t kReservedSharedBytes = 1024;   // of each block, for the device itself
 constexpr size_t kArenaBytes = 256 * 1024;      // shared memory and the red zones in it
 constexpr size_t kRedZoneBytes = 128;
 constexpr size_t kStackBytes = 64 * 1024;
@@ -856,7 +857,8 @@ cudaError_t run(const LaunchConfig& config, const void* kernel, void (*body)(voi
     last_report = "invalid launch of " + name_of_kernel(kernel) + ": " + why;
     return cudaErrorInvalidConfiguration;
   }
-  const unsigned blocks_per_sm = std::max(1u, kMaxThreadsPerSm / config.block);
+  const size_t by_shared = options.shared_per_sm / (config.shared_bytes + kReservedSharedBytes);
+  const auto blocks_per_sm = static_cast<unsigned>(std::min<size_t>(kMaxThreadsPerSm / config.block, by_shared));
   if (config.cooperative && config.grid > options.sm_count * blocks_per_sm) {
     last_report = "cooperative launch of " + std::to_string(config.grid) + " blocks on " +
                   std::to_string(options.sm_count) + " SMs with " + std::to_string(blocks_per_sm) + " each";
@@ -868,8 +870,9 @@ cudaError_t run(const LaunchConfig& config, const void* kernel, void (*body)(voi
   catch_faults();
 
   const std::vector<unsigned> first_blocks = first_blocks_of_clusters();
-  const size_t resident_clusters =
-      config.cooperative ? first_blocks.size() : std::max(1u, options.resident_blocks / config.cluster);
+  const size_t resident_clusters = config.cooperative && !options.hopes
+                                       ? first_blocks.size()
+                                       : std::max(1u, options.resident_blocks / config.cluster);
   machine.with_runnable.reserve((resident_clusters + 1) * config.cluster);
   current = &main_thread;
   machine.running = true;

@@ -285,6 +285,12 @@ T load_from_other_block(const T* p, BNFUSED_AT) {
   return *p;
 }
 
+inline uint32_t recomputed(uint32_t value) { return value; }
+
+inline unsigned load_again(const unsigned* p, BNFUSED_AT) {
+  return emulator::modify(const_cast<unsigned*>(p), [](unsigned value) { return value; }, at);
+}
+
 // In one step: switches between fibers are what time goes into.
 template <class T>
 T shuffle_xor(T v, int lanes, BNFUSED_AT) {

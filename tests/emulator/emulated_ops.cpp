@@ -103,7 +103,10 @@ class DeviceWorkspace {
   GuardedBuffer partials_, tickets_;
 };
 
-DeviceLimits limits() { return {static_cast<int>(emulator::options.sm_count), settings.compute_capability}; }
+DeviceLimits limits() {
+  const emulator::Options& o = emulator::options;
+  return {static_cast<int>(o.sm_count), settings.compute_capability, static_cast<int64_t>(o.shared_per_sm)};
+}
 
 const Strategy* forced() { return settings.strategy ? &*settings.strategy : nullptr; }
 
@@ -233,8 +236,10 @@ void bnfused_emulated_fix_schedule(int order, uint64_t seed, unsigned resident_b
   o.early_copies = o.order == emulator::Order::kReverse;
 }
 
-void bnfused_emulated_device(unsigned sm_count, int compute_capability) {
+void bnfused_emulated_device(unsigned sm_count, int compute_capability, unsigned shared_per_sm, int hopes) {
   emulator::options.sm_count = sm_count;
+  emulator::options.shared_per_sm = shared_per_sm;
+  emulator::options.hopes = hopes != 0;
   settings.compute_capability = compute_capability;
 }
 

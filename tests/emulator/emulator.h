@@ -38,7 +38,9 @@ struct Options {
   bool early_copies = false;     // asynchronous copies happen when they are issued, not when they are waited for;
                                  // in random order, either
   unsigned sm_count = 4;         // of the pretended device; bounds cooperative launches
-  std::string dropped_site;      // "file.cuh:12": the barrier, fence or wait there does nothing
+  size_t shared_per_sm = 228 * 1024;
+  bool hopes = false;        // a cooperative launch is one like others: blocks are there or not
+  std::string dropped_site;  // "file.cuh:12": the barrier, fence or wait there does nothing
 };
 extern Options options;
 

@@ -39,11 +39,17 @@ struct Case {
   size_t phase = 0;  // of x's address, modulo 16
   bool parameters = true;
   bool grad_x = true;
+  DeviceLimits device = {1, 90};  // one SM: few blocks
 };
 
 constexpr DType kFloat = DType::kFloat32, kHalf = DType::kFloat16, kBfloat = DType::kBFloat16,
                 kDouble = DType::kFloat64;
+constexpr Strategy kResident = Strategy::kResident;
 constexpr Activation kIdentity = Activation::kIdentity, kReLU = Activation::kReLU, kSiLU = Activation::kSiLU;
+
+// A device whose SMs have this much shared memory: what does not fit is read again, and more of it takes fewer blocks.
+constexpr DeviceLimits device_of(int sm_count, int64_t shared_per_sm) { return {sm_count, 90, shared_per_sm}; }
+constexpr int64_t kKiB = 1024;
 
 // Every kernel, with whole and partial units, tiles and blocks; few threads, for ThreadSanitizer takes up to a
 // millisecond for each.
@@ -62,6 +68,50 @@ const Case kCases[] = {
     {"planes_frozen", {2, 3, 13, kFloat}, false, kReLU, true},
     {"planes_frozen_grad_x", {2, 5, 13, kHalf}, false, kIdentity, true, {}, 0, false},
     {"planes_parameters_only", {2, 5, 13, kFloat}, true, kReLU, false, {}, 0, true, false},
+    // Four tiles, one after the other, by three blocks that keep all of it, and by two that keep a part.
+    {"rows_resident", {290, 64, 1, kFloat}, true, kReLU, true, kResident, 0, true, true, device_of(4, 38 * kKiB)},
+    {"rows_resident_partly",
+     {290, 64, 1, kFloat},
+     true,
+     kReLU,
+     false,
+     kResident,
+     0,
+     true,
+     true,
+     device_of(2, 38 * kKiB)},
+    {"rows_resident_copies",
+     {2800, 6, 1, kFloat},
+     true,
+     kSiLU,
+     true,
+     kResident,
+     0,
+     true,
+     true,
+     device_of(3, 60 * kKiB)},
+    {"rows_resident_tiles_together",
+     {201, 65, 1, kHalf},
+     true,
+     kIdentity,
+     true,
+     kResident,
+     0,
+     true,
+     true,
+     device_of(2, 99 * kKiB)},
+    {"planes_resident", {2, 2, 8800, kHalf}, true, kReLU, true, kResident, 0, true, true, device_of(2, 40 * kKiB)},
+    {"planes_resident_odd", {65, 2, 63, kHalf}, true, kSiLU, true, kResident, 0, true, true, device_of(2, 20 * kKiB)},
+    {"planes_resident_double",
+     {2, 3, 1100, kDouble},
+     true,
+     kReLU,
+     false,
+     kResident,
+     8,
+     true,
+     true,
+     device_of(4, 24 * kKiB)},
     {"misaligned", {9, 3, 17, kFloat}, true, kReLU, false, {}, 4},
     {"empty", {0, 5, 9, kFloat}},
     {"empty_frozen", {0, 5, 1, kFloat}, false},
@@ -140,7 +190,6 @@ class Memory {
 // The forward, and the backward that belongs to it; what both wrote is in `memory`.
 cudaError_t run(const Case& c, Memory& memory) {
   const Problem& p = c.problem;
-  constexpr DeviceLimits kDevice{1, 90};  // one SM: few blocks
   const int64_t n = p.numel(), bytes = n * detail::size_of(p.dtype);
   const auto doubles = p.channels * static_cast<int64_t>(sizeof(double));
   const bool masked = c.residual && c.activation == kReLU;
@@ -165,11 +214,11 @@ cudaError_t run(const Case& c, Memory& memory) {
   if (c.training) {
     const TrainArgs args{p,           x,       residual, y,      mask, weight, bias, running_mean,
                          running_var, counter, mean,     invstd, kEps, 0,      true, epilogue};
-    const Plan plan = plan_train(p, cuda::request_of(args), kDevice, forced);
+    const Plan plan = plan_train(p, cuda::request_of(args), c.device, forced);
     status = cuda::batch_norm_train(args, plan, memory.workspace(plan, p), nullptr);
   } else {
     const EvalArgs args{p, x, residual, y, mask, weight, bias, running_mean, running_var, mean, invstd, kEps, epilogue};
-    status = cuda::batch_norm_eval(args, plan_eval(p, cuda::request_of(args), kDevice), nullptr);
+    status = cuda::batch_norm_eval(args, plan_eval(p, cuda::request_of(args), c.device), nullptr);
   }
   if (status != cudaSuccess) return status;
 
@@ -192,7 +241,7 @@ cudaError_t run(const Case& c, Memory& memory) {
     args.grad_bias = memory.result("grad_bias", p.channels, p.dtype);
   }
   args.epilogue = epilogue;
-  const Plan plan = plan_backward(p, cuda::request_of(args), kDevice, forced);
+  const Plan plan = plan_backward(p, cuda::request_of(args), c.device, forced);
   return cuda::batch_norm_backward(args, plan, memory.workspace(plan, p), nullptr);
 }
 

@@ -1,0 +1,145 @@
+// Training forward in one launch, and its backward: the sums, and what waits for them, with as much of the tensors as
+// fits kept in shared memory between the two.
+//
+//   computes  what batch_norm_stats.cuh and batch_norm_apply.cuh compute, or what batch_norm_backward.cuh does
+//   moves     reads once what it keeps; what it does not keep twice, the second time last-read first. Writes y and the
+//             mask once, or grad_x and grad_residual
+//   blocks    teams. Rows: a team has a tile of columns, each of its blocks a part of the rows; Planes: a channel, each
+//             a part of its units. A team goes from tile to tile
+//   needs     where a team has several blocks, all of them running at once, workspace for the partials, tickets and
+//             gates that are 0, and are 0 again afterwards. Planes with a mask: whole units, for a byte of the mask
+//             belongs to one block
+#pragma once
+#include "kernels/batch_norm_apply.cuh"
+#include "kernels/batch_norm_backward.cuh"
+#include "kernels/batch_norm_stats.cuh"
+#include "kernels/on_chip.cuh"
+
+namespace bnfused {
+
+// Hands the merged sums of each channel to `finish`, in one block of those that share them. What it wrote is there for
+// all of them afterwards. Whether this block was that one. `of_columns`: kUnit * tile sums in shared memory.
+template <class Sums, class Finish>
+__device__ __forceinline__ bool finish_for_team(const Sums (&sums)[kUnit], Sums* of_columns, Sums* partials,
+                                                unsigned* tickets, const Rows& s, const RowsThread& thread,
+                                                Finish finish) {
+  const bool one_domain = s.domains() == 1;
+  const uint32_t blocks = s.blocks() / s.domains();
+  if (blocks == 1) {
+    finish_tile(sums, of_columns, s, thread, finish);
+    return true;
+  }
+  const bool last = finish_rows(sums, partials, tickets, s, thread, finish);
+  wait_for_last_block(tickets + s.domains() + (one_domain ? 0 : thread.tile), last, blocks);
+  return last;
+}
+template <class Sums, class Finish>
+__device__ __forceinline__ bool finish_for_team(const Sums& sums, Sums* partials, unsigned* tickets, const Planes& s,
+                                                const PlanesBlock& block, Finish finish) {
+  if (s.parts == 1) {
+    if (threadIdx.x == 0) finish(block.channel, sums);
+    __syncthreads();
+    return true;
+  }
+  const bool last = finish_channel(sums, partials, tickets, s, block, finish);
+  wait_for_last_block(tickets + s.domains() + block.channel, last, s.parts);
+  return last;
+}
+
+template <class T>
+struct XToKeep : XFromMemory<T> {
+  const OnChip<T>& kept;
+
+  __device__ __forceinline__ XToKeep(const XFromMemory<T>& x, const OnChip<T>& kept_)
+      : XFromMemory<T>(x), kept(kept_) {}
+  __device__ __forceinline__ void keep(const Pack<T>& pack, uint32_t step) const {
+    if (kept.has(step)) kept.put(step, 0, pack);
+  }
+};
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_resident_rows(StatsArgs<T> args, ForwardBody<T, Activation> body, ForwardConstants constants, Rows s,
+                             Residency residency) {
+  using A = Accumulate<T>;
+  using Sums = Moments<A>;
+  BNFUSED_DYNAMIC_SHARED(uint4, shared);
+  const OnChip<T> kept(shared, residency.steps, 1);
+  uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);  // of the tile's sums, then of its constants
+  for (uint32_t tile = blockIdx.x % residency.teams; tile < s.tiles; tile += residency.teams) {
+    const RowsThread thread(s, tile, blockIdx.x / residency.teams);
+    Sums sums[kUnit];
+    column_moments<T>(XToKeep<T>(args.from_memory(), kept), args.numel, s, thread, sums);
+    merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+    const bool last = finish_for_team(sums, reinterpret_cast<Sums*>(table), args.partials, args.tickets, s, thread,
+                                      [&](uint32_t c, const Sums& all) { args.finish(c, all); });
+    const ColumnConstants<Affine<A>> of_column(reinterpret_cast<Affine<A>*>(table), s, thread,
+                                               [&](uint32_t c, bool) { return constants.get<A>(c, false); });
+    sweep_column(body, Recalled<ForwardBody<T, Activation>>{body, kept}, args.numel, s, thread, of_column);
+    if (last) args.finish.count_batch(args.batch_ticket, s.domains());
+  }
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
+    batch_norm_resident_planes(StatsArgs<T> args, ForwardBody<T, Activation> body, ForwardConstants constants, Planes s,
+                               Residency residency) {
+  using A = Accumulate<T>;
+  using Sums = Moments<A>;
+  BNFUSED_DYNAMIC_SHARED(uint4, shared);
+  const OnChip<T> kept(shared, residency.steps, 1);
+  for (uint32_t channel = blockIdx.x % residency.teams; channel < s.channels; channel += residency.teams) {
+    const PlanesBlock block(s, channel, recomputed(blockIdx.x / residency.teams));
+    Sums sums = plane_moments<T>(XToKeep<T>(args.from_memory(), kept), s, block);
+    merge_block(sums);
+    const bool last = finish_for_team(sums, args.partials, args.tickets, s, block,
+                                      [&](uint32_t c, const Sums& all) { args.finish(c, all); });
+    if (last) args.finish.count_batch(args.batch_ticket, s.domains());
+    sweep_channel(body, Recalled<ForwardBody<T, Activation>>{body, kept}, s, block, constants.get<A>(channel, false));
+  }
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    batch_norm_backward_resident_rows(GradArgs<T, Activation> args, Rows s, Residency residency) {
+  using A = Accumulate<T>;
+  using Body = BackwardBody<T, Activation>;
+  BNFUSED_DYNAMIC_SHARED(uint4, shared);
+  const OnChip<T> kept(shared, residency.steps, args.body.tensors());
+  uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);
+  Affine<A>* const forward_table = reinterpret_cast<Affine<A>*>(table);
+  for (uint32_t tile = blockIdx.x % residency.teams; tile < s.tiles; tile += residency.teams) {
+    const RowsThread thread(s, tile, blockIdx.x / residency.teams);
+    const ColumnConstants<Affine<A>> forward(forward_table, s, thread,
+                                             [&](uint32_t c, bool) { return args.constants.template forward<A>(c); });
+    GradSums sums[kUnit];
+    column_grad_sums(args.body, ToKeep<Body>{args.body, kept}, args.numel, s, thread, forward, false, sums);
+    merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+    finish_for_team(sums, reinterpret_cast<GradSums*>(forward_table + kUnit * s.tile), args.partials, args.tickets, s,
+                    thread, [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
+    const ColumnConstants<GradAffine<A>> of_column(reinterpret_cast<GradAffine<A>*>(table), s, thread,
+                                                   [&](uint32_t c, bool) { return args.constants.template get<A>(c); });
+    sweep_column(args.body, Recalled<Body>{args.body, kept}, args.numel, s, thread, of_column);
+    __syncthreads();  // the table is that of the next tile
+  }
+}
+
+template <class T, class Activation>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
+    batch_norm_backward_resident_planes(GradArgs<T, Activation> args, Planes s, Residency residency) {
+  using A = Accumulate<T>;
+  using Body = BackwardBody<T, Activation>;
+  BNFUSED_DYNAMIC_SHARED(uint4, shared);
+  const OnChip<T> kept(shared, residency.steps, args.body.tensors());
+  for (uint32_t channel = blockIdx.x % residency.teams; channel < s.channels; channel += residency.teams) {
+    const PlanesBlock block(s, channel, recomputed(blockIdx.x / residency.teams));
+    const Affine<A> forward = args.constants.template forward<A>(channel);
+    GradSums sums = plane_grad_sums(args.body, ToKeep<Body>{args.body, kept}, s, block, forward, false);
+    merge_block(sums);
+    finish_for_team(sums, args.partials, args.tickets, s, block,
+                    [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
+    sweep_channel(args.body, Recalled<Body>{args.body, kept}, s, block, args.constants.template get<A>(channel));
+  }
+}
+
+}  // namespace bnfused
