@@ -36,13 +36,14 @@ class Backend:
         return self.name
 
 
-def _backend(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
+def _backend(name: str, monkeypatch: pytest.MonkeyPatch, strategy: str | None) -> Backend:
     if name == "reference":
         return Backend(name, bnfused.reference.batch_norm)
     require_extension()
     if name == "emulated":
         for op in emulated.OPS:
             monkeypatch.setattr(bnfused.ops, op, getattr(emulated.ops(), op))
+        emulated.force(strategy)
     if name == "cuda":
         if not _extension.has_cuda():
             pytest.fail("a GPU is here, and the extension was built without CUDA kernels", pytrace=False)
@@ -60,7 +61,7 @@ def require_extension() -> None:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Each implementation in turn."""
     request.node.user_properties.append(("backend", request.param))
-    return _backend(request.param, monkeypatch)
+    return _backend(request.param, monkeypatch, request.config.getoption("--strategy"))
 
 
 @pytest.fixture
@@ -122,6 +123,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--sanitize", action="store_true", help="also run the CUDA kernels under AddressSanitizer")
     parser.addoption("--backend", choices=BACKENDS, help="only the tests that take a backend, on this one")
+    parser.addoption(
+        "--strategy",
+        choices=sorted(emulated.STRATEGIES),
+        help="of the emulated backend, where the problem allows it; the planner's choice without",
+    )
     parser.addoption("--large", action="store_true", help="also run the tests that need more than 2^31 elements")
 
 
