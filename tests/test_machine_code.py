@@ -43,8 +43,8 @@ NAMES = {"_Z4wideIfEvPK1PIT_EPS2_i": "wide<float>"}
 def test_parse() -> None:
     """Every number of its own kernel, generic accesses with the global ones, and none of shared or local memory."""
     wide, spilled = machine_code.parse("sm_75", RESOURCES, LISTING.splitlines(), NAMES)
-    assert wide == Kernel("wide<float>", "sm_75", 14, 0, 6, loads=2, wide_loads=1, stores=2, wide_stores=2)
-    assert spilled == Kernel("_Z7spilledPf", "sm_75", 61, 264, 1, loads=0, wide_loads=0, stores=1, wide_stores=0)
+    assert wide == Kernel("wide<float>", "sm_75", 14, 0, 64, 6, loads=2, wide_loads=1, stores=2, wide_stores=2)
+    assert spilled == Kernel("_Z7spilledPf", "sm_75", 61, 264, 0, 1, loads=0, wide_loads=0, stores=1, wide_stores=0)
 
 
 THREADS = "constexpr int kMaxThreads = 256;"
@@ -69,7 +69,7 @@ def test_every_kernel_promises_its_block_size(text: str, message: str, tmp_path:
         machine_code.block_size([source])
 
 
-GOOD = Kernel("batch_norm_apply<float>", "sm_90", 64, 0, 900, loads=2, wide_loads=2, stores=1, wide_stores=1)
+GOOD = Kernel("batch_norm_apply<float>", "sm_90", 64, 0, 3136, 900, loads=2, wide_loads=2, stores=1, wide_stores=1)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,7 @@ RULES = (
         ({"registers": 96}, "registers for 3 blocks of 256 threads.* got 96 a thread: 2"),
         ({"registers": 96, "name": "batch_norm_stats"}, None),
         ({"local_bytes": 8}, "no local memory, got 8 bytes"),
+        ({"shared_bytes": 49153}, "at most 49152 bytes of static shared memory, got 49153"),
         ({"wide_loads": 0}, "128-bit loads"),
         ({"wide_stores": 0}, "128-bit stores"),
         ({"wide_stores": 0, "name": "batch_norm_stats"}, None),

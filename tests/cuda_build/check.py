@@ -27,11 +27,18 @@ STRICT = "-Werror all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 
 # By the first that fits. Two blocks on an SM cover the latency of its memory. The backward's sums of rows keep sums and
 # constants of 8 channels in registers, and float64 takes two for a value: these load more at once, and get by with one.
+# What csrc/plan.h counts on for blocks that wait for each other: blocks by registers (resident_blocks_per_sm), and the
+# shared memory that is not theirs to keep values in (static_shared, and kReservedShared, which is in the reports of new
+# GPUs).
+OF_ROWS, OF_PLANES = 9 * 128 * 24 + 64 + 1024, 128 * 24 + 64 + 1024
 RULES = (
     Rule("_empty", 4, wide_loads=False, wide_stores=False),
-    Rule("_small_rows|_(apply|small)_.*<double", 1, wide_loads=True, wide_stores=True),
+    Rule("_resident_rows", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_ROWS),
+    Rule("_resident_planes<double", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_PLANES),
+    Rule("_resident_planes", 2, wide_loads=True, wide_stores=True, shared_bytes=OF_PLANES),
+    Rule("_apply_.*<double", 1, wide_loads=True, wide_stores=True),
     Rule("_backward_reduce_rows|<double", 1, wide_loads=True, wide_stores=False),
-    Rule("_(apply|small)_", 2, wide_loads=True, wide_stores=True),
+    Rule("_apply_", 2, wide_loads=True, wide_stores=True),
     Rule("batch_norm_", 2, wide_loads=True, wide_stores=False),
 )
 

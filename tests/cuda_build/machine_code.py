@@ -42,6 +42,7 @@ class Kernel:
     arch: str
     registers: int
     local_bytes: int
+    shared_bytes: int  # static
     instructions: int
     loads: int
     wide_loads: int
@@ -58,12 +59,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a family of kernels must keep: ``pattern`` is searched for in their names."""
+    """What a family of kernels must keep: ``pattern`` is searched for in their names.
+
+    ``shared_bytes`` is the most static shared memory; without dynamic, what every GPU gives a block unasked.
+    """
 
     pattern: str
     blocks_per_sm: int
     wide_loads: bool
     wide_stores: bool
+    shared_bytes: int = 48 * 1024
 
 
 def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
@@ -79,6 +84,8 @@ def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
             f"expected registers for {rule.blocks_per_sm} blocks of {threads} threads on an SM, "
             f"got {kernel.registers} a thread: {blocks}"
         )
+    if kernel.shared_bytes > rule.shared_bytes:
+        wrong.append(f"expected at most {rule.shared_bytes} bytes of static shared memory, got {kernel.shared_bytes}")
     if rule.wide_loads and not kernel.wide_loads:
         wrong.append("expected 128-bit loads, got none")
     if rule.wide_stores and not kernel.wide_stores:
@@ -112,8 +119,8 @@ def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str,
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
             counts[match[1]] += 1
     kernels = []
-    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
-    for name, registers, stack, local in re.findall(pattern, resources):
+    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for name, registers, stack, shared, local in re.findall(pattern, resources):
         codes = instructions[name]
 
         def count(space: str, part: str = "", codes: Counter[str] = codes) -> int:
@@ -126,6 +133,7 @@ def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str,
                 arch=arch,
                 registers=int(registers),
                 local_bytes=int(stack) + int(local),
+                shared_bytes=int(shared),
                 instructions=codes.total(),
                 loads=count("LD"),
                 wide_loads=count("LD", ".128"),
