@@ -21,8 +21,11 @@ pytestmark = [
 ]
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-# One launch, and two: 96 channels of 32 x 28 x 28 values are too many for a block each.
-SHAPES = pytest.mark.parametrize("shape", [(4, 96, 8, 8), (32, 96, 28, 28)], ids=["small", "streaming"])
+# 96 channels of 32 x 28 x 28 values are too many for a block each: several wait for each other. With a residual and
+# ReLU a byte of the mask belongs to two planes of 27 x 27, whose channels therefore take two launches.
+SHAPES = pytest.mark.parametrize(
+    "shape", [(4, 96, 8, 8), (32, 96, 28, 28), (32, 96, 27, 27)], ids=["small", "resident", "streaming"]
+)
 
 
 class Step:
@@ -191,7 +194,7 @@ def kernels_of(function: Callable[[], object]) -> list[str]:
 def test_launches(shape: tuple[int, ...], layout: torch.memory_format) -> None:
     """At most two forward and two backward, one in eval, whatever is fused; no copy, no fill."""
     step = Step(shape, layout)
-    limit = 1 if shape[2] == 8 else 2
+    limit = 2 if shape[2] == 27 else 1
 
     def forward() -> Tensor:
         return step.module(step.x, step.residual, "relu")
