@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,33 @@ def ratio_axis(axes: Axes) -> None:
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Ratios to a peer against megabytes."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+def save_predictions(curves: Mapping[str, Sequence[Curve]], title: str, path: Path) -> None:
+    """Ratios that a model predicts, against the size of the activation: axes for each fusion."""
+    figure, every = _subplots(1, len(curves), sharey=True, figsize=(13, 4.5))
+    for axes, (fusion, of_fusion) in zip(every, curves.items(), strict=True):
+        for index, curve in enumerate(of_fusion):  # pairs of layouts
+            axes.plot(
+                *zip(*curve.points, strict=True), "--" if index % 2 else "-", c=f"C{index // 2}", label=curve.name
+            )
+        axes.set_xscale("log")
+        axes.set_title(fusion)
+        axes.set_xlabel("size of the activation, MB")
+        axes.grid(alpha=0.3)
+    every[0].set_ylabel("predicted time of torch / of bnfused")
+    every[0].set_ylim(bottom=0)
+    every[-1].legend(fontsize=8)
+    figure.suptitle(title)
+    _save(figure, path)
 
 
 def save_ratios(run: Run[CellResult], path: Path) -> None:

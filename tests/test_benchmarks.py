@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from benchmarks import (
     report,
     steps,
     timing,
+    traffic,
     train_digits,
     why_batch_norm,
 )
@@ -1182,6 +1184,45 @@ def test_overhead_from_end_to_end(extension, tmp_path):
     done = run_script("overhead.py", "--rounds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "torch/bnfused" in done.stdout
+
+
+def test_traffic_is_counted_per_layer(extension):
+    """A layer that stays on chip is the least there is; Apex's kernels read again what they do not keep."""
+    device = traffic.DEVICES["h100"]
+    size = 2 * 64 * 256 * 28 * 28
+    for layout in traffic.LAYOUTS:
+        layer = traffic.Layer(256, 28, traffic.ADD_RELU)
+        own = traffic.ours(traffic.plan_of(layer, 64, layout, device))
+        assert (own.bytes, own.launches) == (7 * size + 2 * size / 16, 2)
+        assert traffic.torchs(layer, 64, layout).bytes == 16 * size
+    # 50,176 pixels of the 120,960 and 64,512 that the two kernels of Apex keep on an H100; and twice as many.
+    assert traffic.apexs(layer, 64, device).bytes == own.bytes
+    assert traffic.apexs(layer, 128, device).bytes / (2 * size) == pytest.approx(7.125 + 2 * (1 - 64_512 / 100_352))
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_traffic_has_the_layers_of_the_networks(name):
+    """The list of a network's batch norms is what its modules see of a 224 x 224 image."""
+    seen = Counter()
+    model = networks.NETWORKS[name]().to("meta")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, __, y: seen.update([tuple(y.shape[1:])]))
+    model(torch.empty(2, 3, 224, 224, device="meta"))
+    listed = Counter()
+    for layer in traffic.NETWORKS[name]():
+        listed[layer.shape(1)[1:]] += layer.count
+    assert listed == seen
+
+
+def test_traffic_from_end_to_end(extension, tmp_path):
+    picture = tmp_path / "traffic.png"
+    done = run_script("traffic.py", "--batch", "32", "--device", "a100", "--picture", picture, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("A100 80GB") == 2 * len(traffic.NETWORKS)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    done = run_script("traffic.py", "--network", "ResNet-50", "--batch", "128", cwd=tmp_path)
+    assert "| 4 x 512 x 28 x 28 | add, ReLU | resident | resident | 7.12A | 16.00A | 7.84A |" in done.stdout
 
 
 def test_why_batch_norm_from_end_to_end(extension, tmp_path):
