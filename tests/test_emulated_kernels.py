@@ -289,6 +289,23 @@ def test_blocks_that_wait_have_to_be_there_together():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_room_to_wait_nobody_waits(layout):
+    """Where others have a part of the device, a cooperative launch is refused, and two launches do the work."""
+    inputs = tensors((64, 2, 16, 32), layout, torch.float32, True)
+    with emulated.settings():
+        (y, *saved), launches = train(*inputs, RELU)
+        assert [launch.kernel for launch in launches] == [f"batch_norm_resident_{layout}"]
+    with emulated.settings(sms_taken=4):
+        (again, *saved_again), launches = train(*inputs, RELU)
+        assert [launch.kernel for launch in launches] == [f"batch_norm_{name}_{layout}" for name in ("stats", "apply")]
+        launches = backward(*inputs, RELU, saved, [True, True, True, True])
+        names = [f"batch_norm_backward_{name}_{layout}" for name in ("reduce", "apply")]
+        assert [launch.kernel for launch in launches] == names
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close(saved_again, saved)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_eval_bytes(layout):
     """One read of x and of the residual, one write of y."""
     inputs = tensors(SHAPE, layout, torch.float32, True)

@@ -26,4 +26,14 @@ cudaError_t batch_norm_train(const TrainArgs&, const Plan&, Workspace, cudaStrea
 cudaError_t batch_norm_eval(const EvalArgs&, const Plan&, cudaStream_t);
 cudaError_t batch_norm_backward(const BackwardArgs&, const Plan&, Workspace, cudaStream_t);
 
+// Launches by the planner's choice, which is plan_for(nullptr). A device that others share may have less room than its
+// limits say for blocks that wait for each other: then by a plan in which none do.
+template <class PlanFor, class Launch>
+cudaError_t launch_planned(PlanFor plan_for, Launch launch) {
+  const cudaError_t status = launch(plan_for(nullptr));
+  if (status != cudaErrorCooperativeLaunchTooLarge) return status;
+  constexpr Strategy kNoneWaits = Strategy::kStreaming;
+  return launch(plan_for(&kNoneWaits));
+}
+
 }  // namespace bnfused::cuda

@@ -96,21 +96,15 @@ struct Workspaces {
   at::Tensor partials, tickets;
 };
 
-// Launches what is planned, by `plan_for` of a strategy or of none. A device that others share may have less room than
-// its limits say for blocks that wait for each other: then by a plan in which none do.
+// With a workspace for each plan that is tried.
 template <class PlanFor, class Launch>
 void run(const Call& call, const Problem& p, PlanFor plan_for, Launch launch) {
-  const auto attempt = [&](const Strategy* forced) {
-    const Plan plan = plan_for(forced);
+  const cudaError_t status = cuda::launch_planned(plan_for, [&](const Plan& plan) {
     const Workspaces workspaces(call, plan, p);
-    return launch(plan, workspaces.get());
-  };
-  cudaError_t status = attempt(nullptr);
-  if (status == cudaErrorCooperativeLaunchTooLarge) {
-    cudaGetLastError();  // no error of a later call
-    constexpr Strategy kNoneWaits = Strategy::kStreaming;
-    status = attempt(&kNoneWaits);
-  }
+    const cudaError_t of_launch = launch(plan, workspaces.get());
+    if (of_launch != cudaSuccess) cudaGetLastError();  // or a later call would find it
+    return of_launch;
+  });
   check(status, call.op);
 }
 

@@ -91,7 +91,7 @@ def force(strategy: str | None) -> None:
     """This strategy in every call whose settings name none; None is the planner's choice again."""
     global _forced
     _forced = strategy
-    _apply(None, 1, 4, 4, 90, SHARED_PER_SM, False, None, "")
+    _apply(None, 1, 4, 4, 90, (SHARED_PER_SM, 0, False), None, "")
 
 
 @contextmanager
@@ -103,6 +103,7 @@ def settings(
     sm_count: int = 4,
     compute_capability: int = 90,
     shared_per_sm: int = SHARED_PER_SM,
+    sms_taken: int = 0,
     hopes: bool = False,
     strategy: str | None = None,
     dropped_site: str = "",
@@ -113,15 +114,25 @@ def settings(
         order: forward, reverse or random, with ``seed``; None gives each call another schedule.
         resident_blocks: alive at once.
         shared_per_sm: bytes; what blocks keep on chip has to fit.
+        sms_taken: SMs that the planner counts on and a cooperative launch does not get.
         hopes: blocks that wait for each other are launched as any others, ``resident_blocks`` at once.
         strategy: small, streaming or resident, where the problem allows it; None is the planner's choice.
         dropped_site: a barrier or fence that does nothing, one of ``sites()``.
     """
-    _apply(order, seed, resident_blocks, sm_count, compute_capability, shared_per_sm, hopes, strategy, dropped_site)
+    _apply(
+        order,
+        seed,
+        resident_blocks,
+        sm_count,
+        compute_capability,
+        (shared_per_sm, sms_taken, hopes),
+        strategy,
+        dropped_site,
+    )
     try:
         yield
     finally:
-        _apply(None, 1, 4, 4, 90, SHARED_PER_SM, False, None, "")
+        _apply(None, 1, 4, 4, 90, (SHARED_PER_SM, 0, False), None, "")
 
 
 def _apply(
@@ -130,8 +141,7 @@ def _apply(
     resident: int,
     sms: int,
     capability: int,
-    shared: int,
-    hopes: bool,
+    room: tuple[int, int, bool],
     strategy: str | None,
     site: str,
 ) -> None:
@@ -140,7 +150,7 @@ def _apply(
         lib.bnfused_emulated_vary_schedule()
     else:
         lib.bnfused_emulated_fix_schedule(ORDERS[order], seed, resident)
-    lib.bnfused_emulated_device(sms, capability, shared, hopes)
+    lib.bnfused_emulated_device(sms, capability, *room)
     strategy = strategy or _forced
     lib.bnfused_emulated_strategy(STRATEGIES[strategy] if strategy else -1)
     lib.bnfused_emulated_drop(site.encode())

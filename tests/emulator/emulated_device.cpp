@@ -859,9 +859,10 @@ cudaError_t run(const LaunchConfig& config, const void* kernel, void (*body)(voi
   }
   const size_t by_shared = options.shared_per_sm / (config.shared_bytes + kReservedSharedBytes);
   const auto blocks_per_sm = static_cast<unsigned>(std::min<size_t>(kMaxThreadsPerSm / config.block, by_shared));
-  if (config.cooperative && config.grid > options.sm_count * blocks_per_sm) {
+  if (config.cooperative && config.grid > (options.sm_count - options.sms_taken) * blocks_per_sm) {
     last_report = "cooperative launch of " + std::to_string(config.grid) + " blocks on " +
-                  std::to_string(options.sm_count) + " SMs with " + std::to_string(blocks_per_sm) + " each";
+                  std::to_string(options.sm_count - options.sms_taken) + " SMs with " + std::to_string(blocks_per_sm) +
+                  " each";
     return cudaErrorCooperativeLaunchTooLarge;
   }
   choose_dropped_site();

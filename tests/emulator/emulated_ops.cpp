@@ -127,6 +127,20 @@ void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "emulated devi
 
 int64_t bytes_of(const Problem& p) { return p.numel() * detail::size_of(p.dtype); }
 
+// With the strategy that the tests force, or the planner's choice.
+template <class PlanFor, class Launch>
+void run(const Problem& p, PlanFor plan_for, Launch launch) {
+  check(cuda::launch_planned(
+      [&](const Strategy* strategy) { return plan_for(strategy != nullptr ? strategy : forced()); },
+      [&](const Plan& plan) {
+        DeviceWorkspace workspace(plan, p);
+        choose_schedule();
+        const cudaError_t status = launch(plan, workspace.get());
+        if (status == cudaSuccess) workspace.check_tickets();
+        return status;
+      }));
+}
+
 struct Emulated {
   static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
   static void copy(const at::Tensor& from, const at::Tensor& to) { to.copy_(from); }
@@ -150,11 +164,11 @@ struct Emulated {
     args.invstd = memory.output("invstd", host.invstd, doubles);
 
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
-    const Plan plan = plan_train(p, cuda::request_of(args), limits(), forced());
-    DeviceWorkspace workspace(plan, p);
-    choose_schedule();
-    check(cuda::batch_norm_train(args, plan, workspace.get(), nullptr));
-    workspace.check_tickets();
+    run(
+        p, [&](const Strategy* strategy) { return plan_train(p, cuda::request_of(args), limits(), strategy); },
+        [&](const Plan& plan, cuda::Workspace workspace) {
+          return cuda::batch_norm_train(args, plan, workspace, nullptr);
+        });
     memory.copy_back();
   }
 
@@ -202,11 +216,11 @@ struct Emulated {
     args.grad_bias = memory.output("grad_bias", host.grad_bias, c);
 
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
-    const Plan plan = plan_backward(p, cuda::request_of(args), limits(), forced());
-    DeviceWorkspace workspace(plan, p);
-    choose_schedule();
-    check(cuda::batch_norm_backward(args, plan, workspace.get(), nullptr));
-    workspace.check_tickets();
+    run(
+        p, [&](const Strategy* strategy) { return plan_backward(p, cuda::request_of(args), limits(), strategy); },
+        [&](const Plan& plan, cuda::Workspace workspace) {
+          return cuda::batch_norm_backward(args, plan, workspace, nullptr);
+        });
     memory.copy_back();
   }
 };
@@ -236,7 +250,9 @@ void bnfused_emulated_fix_schedule(int order, uint64_t seed, unsigned resident_b
   o.early_copies = o.order == emulator::Order::kReverse;
 }
 
-void bnfused_emulated_device(unsigned sm_count, int compute_capability, unsigned shared_per_sm, int hopes) {
+void bnfused_emulated_device(unsigned sm_count, int compute_capability, unsigned shared_per_sm, unsigned sms_taken,
+                             int hopes) {
+  emulator::options.sms_taken = sms_taken;
   emulator::options.sm_count = sm_count;
   emulator::options.shared_per_sm = shared_per_sm;
   emulator::options.hopes = hopes != 0;

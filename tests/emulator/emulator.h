@@ -39,6 +39,7 @@ struct Options {
                                  // in random order, either
   unsigned sm_count = 4;         // of the pretended device; bounds cooperative launches
   size_t shared_per_sm = 228 * 1024;
+  unsigned sms_taken = 0;    // by others: cooperative launches have the rest
   bool hopes = false;        // a cooperative launch is one like others: blocks are there or not
   std::string dropped_site;  // "file.cuh:12": the barrier, fence or wait there does nothing
 };
