@@ -40,6 +40,7 @@ CPP_SOURCES = (
 )
 # nvcc sees no header of torch: one costs it 100 s and 3 GB a file. What needs both is C++ over the runtime's C API.
 CUDA_SOURCES = (
+    "csrc/cuda/batch_norm_stats.cu",
     "csrc/cuda/batch_norm_train.cu",
     "csrc/cuda/batch_norm_eval.cu",
     "csrc/cuda/batch_norm_backward.cu",

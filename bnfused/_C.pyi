@@ -15,9 +15,11 @@ def plan(
     grad_x: bool = True,
     grad_residual: bool = False,
     grad_parameters: bool = True,
+    means: bool = False,
     sm_count: int,
     compute_capability: int,
     shared_per_sm: int = 0,
     cooperative: bool = True,
     strategy: str | None = None,
 ) -> dict[str, Any]: ...
+def merge_plan(*, parts: int, channels: int) -> dict[str, int]: ...

@@ -99,6 +99,12 @@ def plan(**problem: Any) -> dict[str, Any]:
     return dict(_module.plan(**problem))
 
 
+def merge_plan(*, parts: int, channels: int) -> dict[str, int]:
+    """How the CUDA backend would cut the merge of statistics: ``merge_of`` in ``csrc/plan.h``."""
+    assert _module is not None
+    return dict(_module.merge_plan(parts=parts, channels=channels))
+
+
 # What to do where CUDA tensors come and no kernels for them were built.
 BUILD_CUDA = (
     "to build them, install nvcc and a torch that is built for its major version of CUDA, then: "

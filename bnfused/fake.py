@@ -179,8 +179,16 @@ def _gather_stats(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch_mean = mean.new_empty(mean.shape[1])
-    return batch_mean, torch.empty_like(batch_mean), mean.new_empty(())
+    check_devices(
+        "batch_norm_gather_stats",
+        mean,
+        m2=m2,
+        count=count,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+    )
+    return mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1]), mean.new_empty(())
 
 
 def _apply(

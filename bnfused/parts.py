@@ -2,8 +2,8 @@
 
 Forward: ``batch_norm_stats`` on each part, ``batch_norm_gather_stats`` over all of them, ``batch_norm_apply``.
 Backward: ``batch_norm_backward_reduce``, a sum over the parts, ``batch_norm_backward_apply``. None is differentiable;
-``bnfused.SyncBatchNorm`` makes of them what is. Statistics are float64 throughout, and nothing is read on the host.
-Kernels on the CPU; plain torch, which is right but slow, elsewhere.
+``bnfused.SyncBatchNorm`` makes of them what is. Statistics are float64 throughout, and nothing is read on the host. One
+kernel each, on the CPU and on CUDA; plain torch, which is right but slow, elsewhere and where they were not built.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from bnfused import _extension, activations, ops, reference
+
+_has_cuda = _extension.has_cuda()
 
 
 @torch.no_grad()
@@ -70,11 +72,12 @@ def batch_norm_gather_stats(
 
     Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    _check_gathered(mean, m2, count, running_mean, running_var)
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0  # nothing counts the batches, so torch leaves the statistics alone
     if _has_kernel(mean):
-        return _op("batch_norm_gather_stats")(mean, m2, count, running_mean, running_var, num_batches_tracked, momentum)
+        state = (running_mean, running_var, num_batches_tracked)
+        return _op("batch_norm_gather_stats")(mean, m2, count, *state, momentum)
+    _check_gathered(mean, m2, count, running_mean, running_var)
     total = count.sum()
     share = (count / total.clamp(min=1)).unsqueeze(1)
     # An empty part may hold anything, and 0 * NaN is NaN.
@@ -237,12 +240,18 @@ def _has_kernel(x: Tensor) -> bool:
     if not _extension.is_available():
         _extension.warn_once(f"bnfused runs its slow reference path: {_extension.why_unavailable()}")
         return False
-    if not x.is_cpu:
-        _extension.warn_once(
-            f"bnfused has no kernels for batch norm in parts on {x.device.type} tensors in this build and runs it in "
-            "plain torch"
-        )
-    return x.is_cpu
+    if x.is_cpu:
+        return True
+    if _has_cuda and x.is_cuda:
+        if not torch.compiler.is_compiling():  # Dynamo cannot ask a device
+            _extension.check_gpu(x.device.index)
+        return True
+    how = f"; {_extension.BUILD_CUDA}" if x.is_cuda else ""
+    _extension.warn_once(
+        f"bnfused has no kernels for batch norm in parts on {x.device.type} tensors in this build and runs it in "
+        f"plain torch{how}"
+    )
+    return False
 
 
 def _check_input_of_backward(x: Tensor) -> None:

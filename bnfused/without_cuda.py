@@ -20,14 +20,16 @@ def refuse(op: str, *args: Any) -> None:
     """Raise for a call of ``torch.ops.bnfused.<op>`` with at least one CUDA tensor.
 
     Raises:
-        RuntimeError: always. It names the first argument that is not where ``x`` is, if there is one, else the build.
+        RuntimeError: always. It names the first argument that is not where ``x`` is (of the op without one: the first
+            tensor), if there is one, else the build.
     """
     names = [argument.name for argument in getattr(torch.ops.bnfused, op).default._schema.arguments]
     tensors = {name: arg for name, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)}
-    x = tensors.pop("x")
+    name = "x" if "x" in tensors else next(iter(tensors))
+    x = tensors.pop(name)
     fake.check_devices(op, x, **tensors)
     raise RuntimeError(
-        f"bnfused::{op}: expected an extension with CUDA kernels for x on {x.device}, got one without; "
+        f"bnfused::{op}: expected an extension with CUDA kernels for {name} on {x.device}, got one without; "
         f"{_extension.BUILD_CUDA}"
     )
 

@@ -59,15 +59,19 @@ struct MomentsArgs {
   double* m2;    // out, (channels): sum of squared deviations from the mean
 };
 
-// The moments of the parts of a batch, each in a row of mean and m2, (parts, channels), and in count, (parts).
+// Moments of the parts of a batch, merged into those of the whole. A part of no values may hold anything.
 struct GatherArgs {
   int64_t parts, channels;
-  const double *mean, *m2, *count;
-  PerChannel running_mean, running_var;
-  int64_t* num_batches_tracked;                  // nullptr if nobody counts
-  double momentum;                               // weight of the new batch
-  bool cumulative;                               // momentum is 1 / num_batches_tracked, counted with this batch
-  double *batch_mean, *batch_var, *batch_count;  // out, (channels), (channels) and one: of the whole batch
+  const double *mean, *m2;  // (parts, channels), a part every mean_stride and m2_stride values
+  const double* count;      // (parts), every count_stride values
+  int64_t mean_stride, m2_stride, count_stride;
+  PerChannel running_mean, running_var;  // left alone by fewer than two values in all
+  int64_t* num_batches_tracked;          // nullptr if nobody counts
+  double* batch_mean;                    // out, (channels)
+  double* batch_var;                     // out, (channels): biased
+  double* batch_count;                   // out, one
+  double momentum;
+  bool cumulative;  // as in TrainArgs
 };
 
 struct TrainArgs {
@@ -104,7 +108,8 @@ struct BackwardArgs {
   PerChannel weight, bias;
   const double *mean, *invstd;
   bool training;  // the statistics came from x, so that gradients flow through them
-  // Means of g and of g * xhat over the whole batch, (channels), where x is only a part of it; or nullptr.
+  // Means of g and of g * xhat over the whole batch, (channels), where x is only a part of it, and then the gradients
+  // of the parameters are not asked for; or nullptr.
   const double *mean_grad, *mean_grad_xhat;
   void *grad_x, *grad_residual;
   PerChannel grad_weight, grad_bias;

@@ -7,8 +7,7 @@
 //   kSmall      one launch: a block has all values of its channels, sums them, and applies what follows from the sums,
 //               reading again what it has just read (from the L1 or L2 cache)
 //   kResident   one launch: the blocks that share a channel keep what they have read in shared memory, wait for the
-//   last
-//               of them to merge the partial sums in a fixed order, and apply; what does not fit they read again,
+//               last of them to merge the partial sums in a fixed order, and apply; what does not fit they read again,
 //               last-read first
 //   kStreaming  two launches: the values of a channel are split over blocks, the last of which merges the partial sums
 //               in a fixed order; the second launch applies, last-read first
@@ -95,6 +94,17 @@ struct Residency {
   constexpr uint32_t blocks(uint32_t parts) const { return teams * parts; }
 };
 
+// Moments of parts of a batch, merged: a block has a run of columns, and shares their parts out among its threads where
+// there are more than one. Of no device: the order of the merge, and so every bit of what it gives, is the same on all.
+struct Merge {
+  uint32_t parts;
+  uint32_t columns;  // the channels, and one of the counts alone
+  uint32_t columns_per_block;
+  uint32_t threads;
+
+  constexpr uint32_t blocks() const { return (columns + columns_per_block - 1) / columns_per_block; }
+};
+
 struct Plan {
   Strategy strategy;
   Layout layout;
@@ -122,8 +132,11 @@ struct BackwardRequest {
   bool mask = false;
   bool training = true;
   bool grad_x = true, grad_residual = false, grad_parameters = true;
+  bool means = false;  // of g and of g * xhat are given, over a batch of which x is a part
 
-  constexpr bool sums() const { return grad_parameters || (training && grad_x); }
+  // Something that is written waits for sums over x.
+  constexpr bool waits() const { return training && grad_x && !means; }
+  constexpr bool sums() const { return grad_parameters || waits(); }
 };
 
 namespace detail {
@@ -133,9 +146,9 @@ constexpr uint64_t gcd(uint64_t a, uint64_t b) { return b == 0 ? a : gcd(b, a % 
 
 constexpr uint32_t kUnitValues = 8;
 constexpr uint32_t kThreads =
-    256;  // of a block, at most: 255 registers each, and the merge's shared memory fits 48 KiB
-constexpr uint32_t kTablePlanes =
-    1024;  // 40 KiB of constants at the most, of float64: within what any GPU gives a block
+    256;  // of a block, at most: 255 registers each, and the merge fits 48 KiB of shared memory
+// 40 KiB of constants at the most, of float64: within what any GPU gives a block.
+constexpr uint32_t kTablePlanes = 1024;
 
 // Thresholds of a model, not yet measured on a GPU. Launching a second kernel costs 2 to 3 us, in which one SM moves
 // about 64 KiB; and a channel of up to 256 KiB is still in cache when its block reads it again.
@@ -145,6 +158,7 @@ constexpr int64_t kCachedBytes = 256 * 1024;
 // evens out the end.
 constexpr uint32_t kReduceBlocksPerSm = 4;
 constexpr uint32_t kApplyBlocksPerSm = 16;
+constexpr uint32_t kMergeColumns = 32;  // of a block: a warp reads 256 bytes of a part in a row
 constexpr uint32_t kRowsPerThread = 8;  // at least, so that the constants of 8 channels are worth their set-up
 
 // Waiting for the last block of a team costs about what a second launch does; each further wait in which nothing else
@@ -446,6 +460,25 @@ inline Plan plan_train(const Problem& p, const Request& request, const DeviceLim
   return plan;
 }
 
+inline Plan plan_stats(const Problem& p, const Request& request, const DeviceLimits& device) {
+  if (p.numel() == 0) return detail::empty_plan(p);
+  Plan plan{};
+  plan.layout = p.inner == 1 ? Layout::kRows : Layout::kPlanes;
+  plan.wide = request.wide;
+  detail::choose_reduce(&plan, p, false, 1, device, false, nullptr);
+  plan.strategy = Strategy::kReduce;
+  plan.launches = 1;
+  plan.why = "only the sums are wanted";
+  plan.bytes_read = p.numel() * detail::size_of(p.dtype);
+  return plan;
+}
+
+constexpr Merge merge_of(int64_t parts, int64_t channels) {
+  // Eight lanes of a block's columns at most.
+  const auto lanes = std::clamp<int64_t>(parts, 1, detail::kThreads / detail::kMergeColumns);
+  return {uint32_t(parts), uint32_t(channels) + 1, detail::kMergeColumns, uint32_t(lanes) * detail::kMergeColumns};
+}
+
 inline Plan plan_eval(const Problem& p, const Request& request, const DeviceLimits& device) {
   if (p.numel() == 0) return detail::empty_plan(p);
   Plan plan{};
@@ -467,15 +500,14 @@ inline Plan plan_backward(const Problem& p, const BackwardRequest& request, cons
   Plan plan{};
   plan.layout = p.inner == 1 ? Layout::kRows : Layout::kPlanes;
   plan.wide = request.wide;
-  const bool after_sums = request.training && request.grad_x;  // something waits for the sums
   if (!request.sums()) {
     plan.strategy = Strategy::kApply;
     plan.launches = 1;
     plan.why = "nothing has to be summed";
     detail::choose_apply(&plan, p, device);
   } else {
-    detail::choose_reduce(&plan, p, false, 2 + request.residual, device, after_sums, forced);
-    if (!after_sums) {
+    detail::choose_reduce(&plan, p, false, 2 + request.residual, device, request.waits(), forced);
+    if (!request.waits()) {
       plan.strategy = Strategy::kReduce;
       plan.launches = 1;
       plan.why = "nothing that is written depends on the sums";

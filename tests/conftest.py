@@ -41,7 +41,7 @@ def _backend(name: str, monkeypatch: pytest.MonkeyPatch, strategy: str | None) -
         return Backend(name, bnfused.reference.batch_norm)
     require_extension()
     if name == "emulated":
-        for op in emulated.OPS:
+        for op in _extension.OPS:
             monkeypatch.setattr(bnfused.ops, op, getattr(emulated.ops(), op))
         emulated.force(strategy)
     if name == "cuda":

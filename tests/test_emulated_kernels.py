@@ -317,6 +317,85 @@ def test_eval_bytes(layout):
     assert_wide(launches)
 
 
+def in_parts(inputs, activation):
+    """The launches of each op of ``bnfused.parts`` on ``inputs``, by name, for a batch of which they are one of two."""
+    x, residual, weight, bias = inputs
+    ops, launches = emulated.ops(), {}
+
+    def run(name, *args):
+        emulated.take_launches()
+        results = getattr(ops, name)(*args)
+        launches[name] = emulated.take_launches()
+        return results
+
+    mean, m2 = run("batch_norm_stats", x)
+    counts = torch.full((2,), x.numel() / x.shape[1], dtype=torch.float64)
+    state = (torch.zeros_like(bias), torch.ones_like(bias), torch.tensor(0))
+    mean, var, _ = run("batch_norm_gather_stats", mean.expand(2, -1), m2.expand(2, -1), counts, *state, None)
+    _, invstd, mask = run("batch_norm_apply", x, weight, bias, mean, var, residual, 1e-5, activation, 0.0)
+    saved = (torch.randn_like(x), x, weight, bias, residual, mean, invstd, mask)
+    run("batch_norm_backward", *saved, activation, 0.0, False, [False, True, True, False])
+    means = (torch.randn_like(mean), torch.randn_like(mean))
+    run("batch_norm_backward_apply", *saved, *means, activation, 0.0, [True, residual is not None])
+    return launches
+
+
+@pytest.mark.parametrize(
+    "activation, residual",
+    [(IDENTITY, False), (RELU, False), (RELU, True), (SILU, True)],
+    ids=["plain", "relu", "residual-relu", "residual-silu"],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_in_parts(layout, activation, residual):
+    """One launch for each part, which reads each tensor once; the merge reads three values a channel and part."""
+    inputs = tensors(SHAPE, layout, torch.bfloat16, residual)
+    a, mask = inputs[0].nbytes, {"mask": inputs[0].numel() // 8} if residual and activation == RELU else {}
+    added = {"residual": a} if residual else {}
+    needed = {"grad_y": a, "x": a} | (mask or (added if activation != IDENTITY else {}))
+    expected = {
+        "batch_norm_stats": ({"x": a}, {}),
+        "batch_norm_gather_stats": ({}, {}),
+        "batch_norm_apply": ({"x": a} | added, {"y": a} | mask),
+        "batch_norm_backward": (needed, {}),
+        "batch_norm_backward_apply": (needed, {"grad_x": a} | ({"grad_residual": a} if residual else {})),
+    }
+    launches = in_parts(inputs, activation)
+    for name, (launch,) in launches.items():
+        assert (moved(launch, "read", TENSORS), moved(launch, "written", TENSORS)) == expected[name], name
+        assert_wide([launch])
+    (gather,) = launches["batch_norm_gather_stats"]
+    channels, parts, double = SHAPE[1], 2, 8
+    columns = channels + 1
+    assert {name: t.bytes for name, t in gather.read.items()} == {
+        "mean": parts * channels * double,
+        "m2": parts * channels * double,
+        "count": parts * columns * double,
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (16, 4, 48, 48), (0, 3, 2, 2)], ids=str)
+def test_a_part_is_one_launch(shape, layout):
+    """Whatever its size, also of a batch without values."""
+    launches = in_parts(tensors(shape, layout, torch.float32, True), RELU)
+    assert {name: len(of) for name, of in launches.items()} == dict.fromkeys(launches, 1)
+
+
+def test_the_merge_gives_the_same_bits_on_every_gpu():
+    """However many SMs it has, whatever its order of blocks: running statistics must not drift apart between ranks."""
+    gathered = torch.randn(9, 2 * 70 + 1, dtype=torch.float64).abs()
+    gathered[:, -1] = torch.randint(1, 1000, (9,))
+    results = []
+    for sm_count, order in ((1, "forward"), (132, "reverse"), (4, "random")):
+        state = (torch.zeros(70), torch.ones(70), torch.tensor(3))
+        with emulated.settings(sm_count=sm_count, order=order):
+            merged = emulated.ops().batch_norm_gather_stats(
+                gathered[:, :70], gathered[:, 70:140], gathered[:, 140], *state, 0.1
+            )
+        results.append(torch.cat([t.double().view(-1) for t in (*merged, *state)]))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def assert_wide(launches: list[emulated.Launch]) -> None:
     for launch in launches:
         for name in TENSORS - {"mask"}:

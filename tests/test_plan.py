@@ -27,6 +27,7 @@ SHARED_BYTES = 48 * 1024  # what every GPU gives a block unasked
 # narrower, float64. The merges hold a Moments (24 bytes) or GradSums (16) for 9 values of half of 256 threads, and the
 # flag of the last block; constants are 4 numbers forward and 6 backward.
 SHARED_BYTES_OF = {
+    "stats": {"reduce": (9 * 128 * 24 + 16, 0, 0)},
     "train": {"reduce": (9 * 128 * 24 + 16, 0, 0), "apply": (0, 16, 32)},
     "eval": {"apply": (0, 16, 32)},
     "backward": {"reduce": (9 * 128 * 16 + 16, 16, 32), "apply": (0, 24, 48)},
@@ -165,11 +166,12 @@ def test_forward(problem: dict[str, int], device: str, residual: bool, mask: boo
 @given(problems(), devices, st.data(), st.sampled_from([None, "small", "streaming", "resident"]))
 def test_backward(problem: dict[str, int], device: str, data: st.DataObject, strategy: str | None) -> None:
     """At most two launches; one where nothing waits for the sums."""
-    names = ("residual", "training", "grad_x", "grad_residual", "grad_parameters")
+    names = ("residual", "training", "grad_x", "grad_residual", "grad_parameters", "means")
     request = {name: data.draw(st.booleans(), label=name) for name in names}
+    request["means"] &= not request["grad_parameters"]
     plan = plan_of(problem, device, op="backward", strategy=strategy, **request)
     check("backward", plan, problem, device)
-    waits = request["training"] and request["grad_x"]
+    waits = request["training"] and request["grad_x"] and not request["means"]
     sums = waits or request["grad_parameters"]
     expected = {"small", "streaming", "resident"} if waits else {"reduce"} if sums else {"apply"}
     assert plan["strategy"] in expected
@@ -178,6 +180,34 @@ def test_backward(problem: dict[str, int], device: str, data: st.DataObject, str
     kept = plan["values_kept"] * SIZES[problem["dtype"]]
     assert plan["bytes_read"] == ((2 if waits else 1) * size - kept) * (2 + request["residual"])
     assert plan["bytes_written"] == (request["grad_x"] + request["grad_residual"]) * size
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems(), devices)
+def test_statistics_of_a_part(problem: dict[str, int], device: str) -> None:
+    """One launch, one read."""
+    plan = plan_of(problem, device, op="stats")
+    check("stats", plan, problem, device)
+    assert (plan["strategy"], len(plan["launches"])) == ("reduce", 1)
+    size = problem["outer"] * problem["channels"] * problem["inner"] * SIZES[problem["dtype"]]
+    assert (plan["bytes_read"], plan["bytes_written"]) == (size, 0)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 100_000), st.integers(0, 10**6))
+@example(1, 2**31 - 1)
+def test_merge_of_parts(parts: int, channels: int) -> None:
+    """Every column once: the channels and that of the counts. No device is asked, so that all give the same bits."""
+    plan = _extension.merge_plan(parts=parts, channels=channels)
+    assert (plan["parts"], plan["columns"]) == (parts, channels + 1)
+    assert (plan["blocks"] - 1) * plan["columns_per_block"] < plan["columns"]
+    assert plan["columns"] <= plan["blocks"] * plan["columns_per_block"]
+    assert plan["blocks"] <= LARGEST_GRID
+    # A lane of a block's columns for each part, up to the threads that a block may have.
+    lanes = plan["threads"] // plan["columns_per_block"]
+    assert plan["threads"] == lanes * plan["columns_per_block"] <= 256
+    assert plan["threads"] % 32 == 0
+    assert lanes == min(max(parts, 1), 256 // plan["columns_per_block"])
 
 
 def test_strategies_can_be_asked_for() -> None:
@@ -256,7 +286,7 @@ def test_few_blocks_only_where_there_is_little_to_do() -> None:
 
 
 def test_an_empty_batch_is_one_launch() -> None:
-    for op in ("train", "eval", "backward"):
+    for op in ("stats", "train", "eval", "backward"):
         plan = plan_of({"outer": 0, "channels": 8, "inner": 4, "dtype": 2}, "h100", op=op)
         assert (plan["strategy"], len(plan["launches"])) == ("empty", 1)
         assert plan["bytes_read"] == plan["bytes_written"] == 0

@@ -9,12 +9,6 @@
 namespace bnfused::cpu {
 namespace {
 
-// The momentum of this batch, and the counter moved on.
-double count_batch(const TrainArgs& args) {
-  const int64_t count = args.num_batches_tracked ? ++*args.num_batches_tracked : 0;
-  return args.cumulative ? 1.0 / double(count) : args.momentum;
-}
-
 // Everything that follows from one channel's moments. What all channels share is divided once: for wide rows the
 // divisions were a third of the time.
 class Finish {
@@ -30,16 +24,12 @@ class Finish {
     const double invstd = 1 / std::sqrt(m.m2 * per_row_ + args_.eps);
     args_.mean[c] = m.mean;
     args_.invstd[c] = invstd;
-    move(args_.running_mean, c, m.mean);
-    move(args_.running_var, c, m.m2 * per_free_row_);
+    move(args_.running_mean, c, momentum_, m.mean);
+    move(args_.running_var, c, momentum_, m.m2 * per_free_row_);
     return affine<A>(m.mean, invstd, read(args_.weight, c, 1), read(args_.bias, c, 0));
   }
 
  private:
-  void move(const PerChannel& running, int64_t c, double of_batch) const {
-    if (running) write(running, c, (1 - momentum_) * read(running, c, 0) + momentum_ * of_batch);
-  }
-
   const TrainArgs& args_;
   double momentum_, per_row_, per_free_row_;  // 1 / rows, 1 / (rows - 1)
 };

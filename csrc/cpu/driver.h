@@ -43,6 +43,16 @@ inline void write(const PerChannel& values, int64_t channel, double value) {
   }
 }
 
+// The weight of this batch in the running statistics, and the counter moved on.
+template <class Args>
+double count_batch(const Args& args) {
+  const int64_t count = args.num_batches_tracked ? ++*args.num_batches_tracked : 0;
+  return args.cumulative ? 1.0 / double(count) : args.momentum;
+}
+inline void move(const PerChannel& running, int64_t channel, double momentum, double of_batch) {
+  if (running) write(running, channel, (1 - momentum) * read(running, channel, 0) + momentum * of_batch);
+}
+
 // Fewer values than this are done on one thread: waking a second costs as much as they do.
 constexpr int64_t kSerialValues = 32768;
 // Values of one channel that are summed around one shift, and stay in L1 for a second look.

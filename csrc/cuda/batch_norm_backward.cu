@@ -25,7 +25,6 @@ GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Wo
                             args.problem.numel(),
                             nullptr,
                             workspace.tickets};
-  const bool waits = args.training && args.grad_x != nullptr;
   Slope* slopes = slopes_of(workspace);
   g.constants = {args.weight,
                  args.bias,
@@ -33,8 +32,10 @@ GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Wo
                  args.invstd,
                  args.grad_weight,
                  args.grad_bias,
-                 waits ? slopes : nullptr,
-                 1 / double(args.problem.rows())};
+                 request_of(args).waits() ? slopes : nullptr,
+                 1 / double(args.problem.rows()),
+                 args.mean_grad,
+                 args.mean_grad_xhat};
   g.partials = reinterpret_cast<GradSums*>(slopes + args.problem.channels);
   return g;
 }
@@ -87,11 +88,11 @@ BackwardRequest request_of(const BackwardArgs& args) {
           args.training,
           args.grad_x != nullptr,
           args.grad_residual != nullptr,
-          args.grad_weight || args.grad_bias};
+          args.grad_weight || args.grad_bias,
+          args.mean_grad != nullptr};
 }
 
 cudaError_t batch_norm_backward(const BackwardArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
-  if (args.mean_grad != nullptr) return cudaErrorNotSupported;  // the kernels know the means of x alone
   if (plan.strategy == Strategy::kEmpty) return launch_empty(args, nullptr, stream);
   return with_dtype(args.problem.dtype, [&](auto t) {
     using T = decltype(t);

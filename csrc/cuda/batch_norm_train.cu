@@ -1,21 +1,11 @@
 // Training forward: one launch, or statistics, then apply.
 #include "cuda/apply.h"
 #include "cuda/dispatch.h"
+#include "cuda/stats.h"
 #include "kernels/batch_norm_resident.cuh"
 
 namespace bnfused::cuda {
 namespace {
-
-template <class T>
-StatsArgs<T> stats_args(const TrainArgs& args, const Plan& plan, Workspace workspace) {
-  return {static_cast<const T*>(args.x),
-          args.problem.numel(),
-          plan.wide,
-          static_cast<Moments<Accumulate<T>>*>(workspace.partials),
-          workspace.tickets,
-          workspace.tickets + plan.tickets - 1,
-          FinishStats(args)};
-}
 
 template <class T, class Activation>
 ForwardBody<T, Activation> body_of(const TrainArgs& args, const Plan& plan, Activation activation) {
@@ -47,17 +37,6 @@ cudaError_t resident(const TrainArgs& args, const Plan& plan, Workspace workspac
   });
 }
 
-template <class T>
-cudaError_t stats(const TrainArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
-  const auto stats = stats_args<T>(args, plan, workspace);
-  if (plan.layout == Layout::kPlanes) {
-    const Planes& s = plan.planes;
-    return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_stats_planes<T>, stats, s);
-  }
-  const Rows& s = plan.reduce_rows;
-  return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_stats_rows<T>, stats, s);
-}
-
 }  // namespace
 
 Request request_of(const TrainArgs& args) {
@@ -66,16 +45,13 @@ Request request_of(const TrainArgs& args) {
 
 cudaError_t batch_norm_train(const TrainArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
   if (plan.strategy == Strategy::kEmpty) return launch_empty(args, args.num_batches_tracked, stream);
-  return with_dtype(args.problem.dtype, [&](auto t) {
-    using T = decltype(t);
-    if (plan.strategy == Strategy::kSmall || plan.strategy == Strategy::kResident) {
-      return resident<T>(args, plan, workspace, stream);
-    }
-    const cudaError_t status = stats<T>(args, plan, workspace, stream);
-    if (status != cudaSuccess) return status;
-    return apply({args.problem, args.x, args.residual, args.y, args.mask, constants_of(args), args.epilogue}, plan,
-                 stream);
-  });
+  if (plan.strategy == Strategy::kSmall || plan.strategy == Strategy::kResident) {
+    return with_dtype(args.problem.dtype, [&](auto t) { return resident<decltype(t)>(args, plan, workspace, stream); });
+  }
+  const cudaError_t status = stats(args, plan, workspace, stream);
+  if (status != cudaSuccess) return status;
+  return apply({args.problem, args.x, args.residual, args.y, args.mask, constants_of(args), args.epilogue}, plan,
+               stream);
 }
 
 }  // namespace bnfused::cuda

@@ -15,6 +15,7 @@ struct Workspace {
   unsigned* tickets;
 };
 
+Request request_of(const MomentsArgs&);
 Request request_of(const TrainArgs&);
 Request request_of(const EvalArgs&);
 BackwardRequest request_of(const BackwardArgs&);
@@ -24,6 +25,8 @@ int64_t workspace_bytes(const Plan&, const Problem&);
 // What the launch returned; errors of the kernels themselves show up later, as always.
 cudaError_t batch_norm_train(const TrainArgs&, const Plan&, Workspace, cudaStream_t);
 cudaError_t batch_norm_eval(const EvalArgs&, const Plan&, cudaStream_t);
+cudaError_t batch_norm_stats(const MomentsArgs&, const Plan&, Workspace, cudaStream_t);
+cudaError_t batch_norm_gather_stats(const GatherArgs&, unsigned* ticket, cudaStream_t);
 cudaError_t batch_norm_backward(const BackwardArgs&, const Plan&, Workspace, cudaStream_t);
 
 // Launches by the planner's choice, which is plan_for(nullptr). A device that others share may have less room than its

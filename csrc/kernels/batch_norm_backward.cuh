@@ -2,7 +2,8 @@
 //
 //   grad_bias = sum g    grad_weight = invstd * sum g * d    grad_residual = g
 //   grad_x = g * scale + d * slope + offset, with scale = weight * invstd and, in training,
-//   slope = -scale * invstd^2 * sum(g * d) / n, offset = -scale * sum(g) / n; otherwise both are 0
+//   slope = -scale * invstd^2 * sum(g * d) / n, offset = -scale * sum(g) / n, with the sums and n of the whole batch,
+//   of which x may be a part; otherwise both are 0
 //
 //   reduce  reads grad_y, x and what the activation needs (the residual, or the mask) once; writes a GradSums for each
 //           channel and part; where the statistics were given, writes the gradients of the tensors in the same pass
@@ -33,22 +34,17 @@ struct GradAffine {
 struct BackwardConstants {
   PerChannel weight, bias;
   const double *mean, *invstd;
-  PerChannel grad_weight, grad_bias;  // out, each or none
-  Slope* slopes;                      // (channels), nullptr where the statistics were given
-  double per_value;                   // 1 / n
+  PerChannel grad_weight, grad_bias;         // out, each or none
+  Slope* slopes;                             // (channels), nullptr where grad_x waits for no sums over x
+  double per_value;                          // 1 / n
+  const double *mean_grad, *mean_grad_xhat;  // of the whole batch, where x is a part of it; or nullptr
 
   template <class A>
   __device__ __forceinline__ void finish(int64_t c, const GradSums& sums) const {
-    const double s = invstd[c];
-    // The sums know the mean as A holds it.
-    const double rest = mean[c] - double(A(mean[c]));
-    const double g_d = sums.g_d - rest * sums.g;
-    write(grad_weight, c, g_d * s);
+    const double g_xhat = (sums.g_d - rest_of_mean<A>(c) * sums.g) * invstd[c];
+    write(grad_weight, c, g_xhat);
     write(grad_bias, c, sums.g);
-    if (slopes == nullptr) return;
-    const double scale_per_value = read(weight, c, 1) * s * per_value;
-    const double slope = -scale_per_value * s * s * g_d;
-    slopes[c] = {slope, -scale_per_value * sums.g - rest * slope};
+    if (slopes != nullptr) slopes[c] = slope_of<A>(c, sums.g * per_value, g_xhat * per_value);
   }
 
   // What is known before the sums are.
@@ -59,12 +55,25 @@ struct BackwardConstants {
 
   template <class A>
   __device__ __forceinline__ GradAffine<A> get(int64_t c) const {
-    GradAffine<A> all = {forward<A>(c), 0, 0};
-    if (slopes != nullptr) {
-      all.slope = A(slopes[c].slope);
-      all.offset = A(slopes[c].offset);
-    }
-    return all;
+    Slope s;
+    if (slopes != nullptr) s = slopes[c];
+    if (mean_grad != nullptr) s = slope_of<A>(c, mean_grad[c], mean_grad_xhat[c]);
+    return {forward<A>(c), A(s.slope), A(s.offset)};
+  }
+
+ private:
+  // Sums and slopes are about the mean as A holds it.
+  template <class A>
+  __device__ __forceinline__ double rest_of_mean(int64_t c) const {
+    return mean[c] - double(A(mean[c]));
+  }
+
+  // From the means of g and of g * xhat.
+  template <class A>
+  __device__ __forceinline__ Slope slope_of(int64_t c, double of_g, double of_g_xhat) const {
+    const double scale = read(weight, c, 1) * invstd[c];
+    const double slope = -scale * invstd[c] * of_g_xhat;
+    return {slope, -scale * of_g - rest_of_mean<A>(c) * slope};
   }
 };
 

@@ -1,6 +1,7 @@
 // A batch without values: counted, and nothing learned from it.
 //
-//   computes  training: mean = invstd = 0 and the counter moved on. Eval: what a backward will want. Backward: zeros
+//   computes  training: mean = invstd = 0 and the counter moved on. A part's moments, backward: zeros. Eval: what a
+//             backward will want
 //   moves     per-channel values only
 //   blocks    channels, a thread each; one block at least
 #pragma once
@@ -12,6 +13,11 @@ namespace bnfused {
 __device__ __forceinline__ void finish_empty(const TrainArgs& args, uint32_t c) {
   args.mean[c] = 0;
   args.invstd[c] = 0;
+}
+
+__device__ __forceinline__ void finish_empty(const MomentsArgs& args, uint32_t c) {
+  args.mean[c] = 0;
+  args.m2[c] = 0;
 }
 
 __device__ __forceinline__ void finish_empty(const EvalArgs& args, uint32_t c) {

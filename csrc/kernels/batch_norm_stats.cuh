@@ -1,6 +1,8 @@
-// The statistics of the batch: mean and invstd of every channel, and the running statistics moved.
+// The statistics of the batch: mean and invstd of every channel, and the running statistics moved; of a part of a
+// batch: mean and m2, the sum of squared differences from it.
 //
-//   computes  moments of x over all of a channel's values; from them mean, invstd, running_mean, running_var, counter
+//   computes  moments of x over all of a channel's values; from them mean, invstd, running_mean, running_var, counter,
+//             or mean and m2
 //   moves     reads x once; writes a Moments for each channel and part
 //   blocks    Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units
 //   needs     workspace for the partials; tickets that are 0, and are 0 again afterwards
@@ -179,41 +181,62 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
   return total;
 }
 
-// Everything that follows from the moments of one channel.
-struct FinishStats {
-  double* mean;
-  double* invstd;
+// What batches leave behind, each of it where somebody keeps it.
+struct RunningStats {
   PerChannel running_mean, running_var;
-  int64_t* num_batches_tracked;
-  double eps, momentum;
-  bool cumulative;
-  double per_value, per_free_value;  // 1 / n, 1 / (n - 1), of the n values of a channel
+  int64_t* num_batches_tracked = nullptr;
+  double momentum = 0;
+  bool cumulative = false;
 
-  FinishStats(const TrainArgs& args)
-      : mean(args.mean),
-        invstd(args.invstd),
-        running_mean(args.running_mean),
+  RunningStats() = default;
+  template <class Args>
+  explicit RunningStats(const Args& args)
+      : running_mean(args.running_mean),
         running_var(args.running_var),
         num_batches_tracked(args.num_batches_tracked),
-        eps(args.eps),
         momentum(args.momentum),
-        cumulative(args.cumulative),
-        per_value(1 / double(args.problem.rows())),
-        per_free_value(1 / (double(args.problem.rows()) - 1)) {}
+        cumulative(args.cumulative) {}
 
-  template <class A>
-  __device__ __forceinline__ void operator()(int64_t c, const Moments<A>& m) const {
+  __device__ __forceinline__ void move(int64_t c, double mean, double unbiased_var) const {
     const double weight = cumulative ? 1 / double(*num_batches_tracked + 1) : momentum;
-    mean[c] = m.mean;
-    invstd[c] = 1 / sqrt(m.m2 * per_value + eps);
-    write(running_mean, c, (1 - weight) * read(running_mean, c, 0) + weight * m.mean);
-    write(running_var, c, (1 - weight) * read(running_var, c, 0) + weight * (m.m2 * per_free_value));
+    write(running_mean, c, (1 - weight) * read(running_mean, c, 0) + weight * mean);
+    write(running_var, c, (1 - weight) * read(running_var, c, 0) + weight * unbiased_var);
   }
 
   // The last of `blocks` to come here has all of them behind it that read the counter, and counts this batch.
   __device__ __forceinline__ void count_batch(unsigned* ticket, unsigned blocks) const {
     if (num_batches_tracked == nullptr) return;
     if (is_last_block(ticket, blocks) && threadIdx.x == 0) ++*num_batches_tracked;
+  }
+};
+
+// Everything that follows from the moments of one channel.
+struct FinishStats : RunningStats {
+  double* mean;
+  double* m2;      // or nullptr
+  double* invstd;  // or nullptr, and then nothing runs either
+  double eps;
+  double per_value, per_free_value;  // 1 / n, 1 / (n - 1), of the n values of a channel
+
+  explicit FinishStats(const TrainArgs& args)
+      : RunningStats(args),
+        mean(args.mean),
+        m2(nullptr),
+        invstd(args.invstd),
+        eps(args.eps),
+        per_value(1 / double(args.problem.rows())),
+        per_free_value(1 / (double(args.problem.rows()) - 1)) {}
+
+  explicit FinishStats(const MomentsArgs& args)
+      : mean(args.mean), m2(args.m2), invstd(nullptr), eps(0), per_value(0), per_free_value(0) {}
+
+  template <class A>
+  __device__ __forceinline__ void operator()(int64_t c, const Moments<A>& m) const {
+    mean[c] = m.mean;
+    if (m2 != nullptr) m2[c] = m.m2;
+    if (invstd == nullptr) return;
+    invstd[c] = 1 / sqrt(m.m2 * per_value + eps);
+    move(c, m.mean, m.m2 * per_free_value);
   }
 };
 

@@ -109,6 +109,20 @@ void run(const Call& call, const Problem& p, PlanFor plan_for, Launch launch) {
 }
 
 struct Cuda {
+  static void batch_norm_stats(const MomentsArgs& args, c10::Device device) {
+    const Call call("bnfused::batch_norm_stats", device);
+    check_fits(args.problem, call.op);
+    const Plan plan = plan_stats(args.problem, cuda::request_of(args), call.limits);
+    const Workspaces workspaces(call, plan, args.problem);
+    check(cuda::batch_norm_stats(args, plan, workspaces.get(), call.stream), call.op);
+  }
+
+  static void batch_norm_gather_stats(const GatherArgs& args, c10::Device device) {
+    const Call call("bnfused::batch_norm_gather_stats", device);
+    const at::Tensor ticket = tickets_for(call, 1);
+    check(cuda::batch_norm_gather_stats(args, static_cast<unsigned*>(ticket.mutable_data_ptr()), call.stream), call.op);
+  }
+
   static void batch_norm_train(const TrainArgs& args, c10::Device device) {
     const Call call("bnfused::batch_norm_train", device);
     check_fits(args.problem, call.op);
@@ -151,4 +165,8 @@ TORCH_LIBRARY_IMPL(bnfused, CUDA, m) {
   m.impl("batch_norm_frozen", bnfused::ops::batch_norm_frozen<Cuda>);
   m.impl("batch_norm_eval", bnfused::ops::batch_norm_eval<Cuda>);
   m.impl("batch_norm_backward", bnfused::ops::batch_norm_backward<Cuda>);
+  m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Cuda>);
+  m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Cuda>);
+  m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Cuda>);
+  m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Cuda>);
 }

@@ -87,10 +87,16 @@ py::list describe_launches(const Plan& plan) {
   return launches;
 }
 
+py::dict describe(const Merge& s) {
+  return py::dict(py::arg("parts") = s.parts, py::arg("columns") = s.columns,
+                  py::arg("columns_per_block") = s.columns_per_block, py::arg("threads") = s.threads,
+                  py::arg("blocks") = s.blocks());
+}
+
 // The plan of the CUDA backend, on a device of which nothing more is known than its limits.
 py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, int64_t inner, int dtype, bool wide,
                       bool residual, bool mask, bool training, bool grad_x, bool grad_residual, bool grad_parameters,
-                      int sm_count, int compute_capability, int64_t shared_per_sm, bool cooperative,
+                      bool means, int sm_count, int compute_capability, int64_t shared_per_sm, bool cooperative,
                       const std::optional<std::string>& strategy) {
   const Problem problem{outer, channels, inner, static_cast<DType>(dtype)};
   if (!fits(problem)) throw std::invalid_argument("bnfused: expected at most 2^34 values");
@@ -98,15 +104,17 @@ py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, in
   const std::optional<Strategy> forced = strategy ? std::optional(strategy_of(*strategy)) : std::nullopt;
   const Strategy* asked = forced ? &*forced : nullptr;
   Plan plan;
-  if (op == "train") {
+  if (op == "stats") {
+    plan = plan_stats(problem, {wide}, device);
+  } else if (op == "train") {
     plan = plan_train(problem, {wide, residual, mask}, device, asked);
   } else if (op == "eval") {
     plan = plan_eval(problem, {wide, residual, mask}, device);
   } else if (op == "backward") {
-    plan =
-        plan_backward(problem, {wide, residual, mask, training, grad_x, grad_residual, grad_parameters}, device, asked);
+    const BackwardRequest request{wide, residual, mask, training, grad_x, grad_residual, grad_parameters, means};
+    plan = plan_backward(problem, request, device, asked);
   } else {
-    throw std::invalid_argument("bnfused: expected op train, eval or backward, got " + op);
+    throw std::invalid_argument("bnfused: expected op stats, train, eval or backward, got " + op);
   }
   return py::dict(py::arg("strategy") = name_of(plan.strategy),
                   py::arg("layout") = plan.layout == Layout::kPlanes ? "planes" : "rows",
@@ -142,6 +150,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", plan_as_dict, py::kw_only(), py::arg("op"), py::arg("outer"), py::arg("channels"), py::arg("inner"),
         py::arg("dtype"), py::arg("wide") = true, py::arg("residual") = false, py::arg("mask") = false,
         py::arg("training") = true, py::arg("grad_x") = true, py::arg("grad_residual") = false,
-        py::arg("grad_parameters") = true, py::arg("sm_count"), py::arg("compute_capability"),
+        py::arg("grad_parameters") = true, py::arg("means") = false, py::arg("sm_count"), py::arg("compute_capability"),
         py::arg("shared_per_sm") = 0, py::arg("cooperative") = true, py::arg("strategy") = py::none());
+  m.def(
+      "merge_plan", [](int64_t parts, int64_t channels) { return describe(merge_of(parts, channels)); }, py::kw_only(),
+      py::arg("parts"), py::arg("channels"));
 }

@@ -3,8 +3,8 @@
 //   static void batch_norm_train(const TrainArgs&, c10::Device);
 //   static void batch_norm_eval(const EvalArgs&, c10::Device);
 //   static void batch_norm_backward(const BackwardArgs&, c10::Device);
-//   static void batch_norm_stats(const MomentsArgs&, c10::Device);         // where the ops in parts are registered
-//   static void batch_norm_gather_stats(const GatherArgs&, c10::Device);  // likewise
+//   static void batch_norm_stats(const MomentsArgs&, c10::Device);
+//   static void batch_norm_gather_stats(const GatherArgs&, c10::Device);
 //   static at::Tensor empty_like(const at::Tensor&);
 //   static void copy(const at::Tensor& from, const at::Tensor& to);  // of one shape, in any memory order
 //
@@ -316,43 +316,60 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_stats(const at::Tensor& x_in) {
 
 template <class Backend>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
-    const at::Tensor& mean, const at::Tensor& m2, const at::Tensor& count, const OptionalTensor& running_mean_in,
+    const at::Tensor& mean_in, const at::Tensor& m2_in, const at::Tensor& count, const OptionalTensor& running_mean_in,
     const OptionalTensor& running_var_in, const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
   const char* op = "bnfused::batch_norm_gather_stats";
-  TORCH_CHECK(mean.dim() == 2, op, ": expected mean of shape [parts, C], got ", mean.sizes());
-  const int64_t parts = mean.size(0), channels = mean.size(1);
-  const auto shape = [&](const at::Tensor& t, const char* name, at::IntArrayRef sizes) {
+  TORCH_CHECK(mean_in.dim() == 2, op, ": expected mean of shape [parts, C], got ", mean_in.sizes());
+  const int64_t parts = mean_in.size(0), channels = mean_in.size(1);
+  const auto expect = [&](const at::Tensor& t, const char* name, at::IntArrayRef sizes, bool fits, const char* dtype) {
     TORCH_CHECK(t.sizes() == sizes, op, ": expected ", name, " of shape ", sizes, ", got ", t.sizes());
-    TORCH_CHECK(t.device() == mean.device(), op, ": expected ", name, " on ", mean.device(), ", got ", t.device());
+    TORCH_CHECK(fits, op, ": expected ", name, " of ", dtype, ", got ", t.scalar_type());
+    TORCH_CHECK(t.device() == mean_in.device(), op, ": expected ", name, " on ", mean_in.device(), ", got ",
+                t.device());
   };
-  const auto moment = [&](const at::Tensor& t, const char* name, at::IntArrayRef sizes) {
-    shape(t, name, sizes);
-    TORCH_CHECK(t.scalar_type() == at::kDouble, op, ": expected ", name, " of Double, got ", t.scalar_type());
+  const auto expect_gathered = [&](const at::Tensor& t, const char* name, at::IntArrayRef sizes) {
+    expect(t, name, sizes, t.scalar_type() == at::kDouble, "float64");
   };
-  const auto running = [&](const OptionalTensor& t, const char* name) {
+  const auto expect_running = [&](const OptionalTensor& t, const char* name) {
     if (!t) return;
-    shape(*t, name, {channels});
-    TORCH_CHECK(t->is_floating_point() && t->element_size() > 1, op, ": expected ", name,
-                " of float16, bfloat16, float32 or float64, got ", t->scalar_type());
+    const auto dtype = t->scalar_type();
+    const bool known = dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
+    expect(*t, name, {channels}, known, "float16, bfloat16, float32 or float64");
   };
-  moment(mean, "mean", {parts, channels});
-  moment(m2, "m2", {parts, channels});
-  moment(count, "count", {parts});
-  running(running_mean_in, "running_mean");
-  running(running_var_in, "running_var");
-  Checker(op, mean).count(num_batches_tracked);
+  expect_gathered(mean_in, "mean", {parts, channels});
+  expect_gathered(m2_in, "m2", {parts, channels});
+  expect_gathered(count, "count", {parts});
+  expect_running(running_mean_in, "running_mean");
+  expect_running(running_var_in, "running_var");
+  Checker(op, mean_in).count(num_batches_tracked);
   TORCH_CHECK(momentum || num_batches_tracked, op, ": expected num_batches_tracked beside momentum None, got None");
 
-  const at::Tensor means = mean.contiguous(), m2s = m2.contiguous(), counts = count.contiguous();
+  // Parts may lie apart from each other, as they do in what one collective has gathered; the channels of one may not.
+  const auto with_channels_together = [](const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); };
+  const at::Tensor mean = with_channels_together(mean_in), m2 = with_channels_together(m2_in);
   const OptionalTensor running_mean = contiguous(running_mean_in), running_var = contiguous(running_var_in);
-  const at::Tensor batch_mean = at::empty({channels}, mean.options()), batch_var = at::empty_like(batch_mean);
-  const at::Tensor batch_count = at::empty({}, mean.options());
-  Backend::batch_norm_gather_stats({parts, channels, means.const_data_ptr<double>(), m2s.const_data_ptr<double>(),
-                                    counts.const_data_ptr<double>(), written(running_mean), written(running_var),
-                                    num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr,
-                                    momentum.value_or(0), !momentum.has_value(), batch_mean.mutable_data_ptr<double>(),
-                                    batch_var.mutable_data_ptr<double>(), batch_count.mutable_data_ptr<double>()},
-                                   mean.device());
+  const at::Tensor batch_mean = empty_beside(mean, {channels}, at::kDouble);
+  const at::Tensor batch_var = empty_beside(mean, {channels}, at::kDouble);
+  const at::Tensor batch_count = empty_beside(mean, {}, at::kDouble);
+
+  GatherArgs args{};
+  args.parts = parts;
+  args.channels = channels;
+  args.mean = mean.const_data_ptr<double>();
+  args.m2 = m2.const_data_ptr<double>();
+  args.count = count.const_data_ptr<double>();
+  args.mean_stride = mean.stride(0);
+  args.m2_stride = m2.stride(0);
+  args.count_stride = count.stride(0);
+  args.running_mean = written(running_mean);
+  args.running_var = written(running_var);
+  args.num_batches_tracked = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
+  args.batch_mean = batch_mean.mutable_data_ptr<double>();
+  args.batch_var = batch_var.mutable_data_ptr<double>();
+  args.batch_count = batch_count.mutable_data_ptr<double>();
+  args.momentum = momentum.value_or(0);
+  args.cumulative = !momentum.has_value();
+  Backend::batch_norm_gather_stats(args, mean.device());
   copy_back(running_mean, running_mean_in);
   copy_back(running_var, running_var_in);
   return {batch_mean, batch_var, batch_count};

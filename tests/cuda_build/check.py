@@ -32,6 +32,7 @@ STRICT = "-Werror all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 # GPUs).
 OF_ROWS, OF_PLANES = 9 * 128 * 24 + 64 + 1024, 128 * 24 + 64 + 1024
 RULES = (
+    Rule("_gather", 2, wide_loads=False, wide_stores=False),
     Rule("_empty", 4, wide_loads=False, wide_stores=False),
     Rule("_resident_rows", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_ROWS),
     Rule("_resident_planes<double", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_PLANES),

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import bnfused
+from bnfused import _extension
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
     torch.testing.assert_close(ours, F.relu(F.batch_norm(x, None, None, training=True)))
     ours.sum().backward()
 
-    for op in ("batch_norm_train", "batch_norm_frozen", "batch_norm_eval", "batch_norm_backward"):
+    for op in _extension.OPS:
         where = torch._C._dispatch_dump(f"bnfused::{op}")
         registered = next((line for line in where.splitlines() if line.startswith("CUDA:")), "no kernel")
         assert "cuda.cpp" in registered, f"expected {op} on CUDA from csrc/ops/cuda.cpp, got {registered}"

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from bnfused import fake
+from bnfused import _extension, fake
 from emulator.build import build
 
-OPS = ("batch_norm_train", "batch_norm_frozen", "batch_norm_eval", "batch_norm_backward")
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 STRATEGIES = {"small": 1, "streaming": 2, "resident": 5}  # csrc/plan.h
 SHARED_PER_SM = 228 * 1024  # sm_90
@@ -65,7 +64,7 @@ def library() -> ctypes.CDLL:
 def ops() -> SimpleNamespace:
     """The builtins, as ``bnfused.ops`` has them."""
     library()
-    return SimpleNamespace(**{name: getattr(torch.ops.bnfused_emulated, name).default._op for name in OPS})
+    return SimpleNamespace(**{name: getattr(torch.ops.bnfused_emulated, name).default._op for name in _extension.OPS})
 
 
 def take_launches() -> list[Launch]:

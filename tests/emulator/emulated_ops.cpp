@@ -85,8 +85,10 @@ class DeviceMemory {
 class DeviceWorkspace {
  public:
   DeviceWorkspace(const Plan& plan, const Problem& problem)
-      : partials_("partials", static_cast<size_t>(cuda::workspace_bytes(plan, problem))),
-        tickets_("tickets", static_cast<size_t>(plan.tickets) * sizeof(unsigned)) {
+      : DeviceWorkspace(cuda::workspace_bytes(plan, problem), plan.tickets) {}
+  DeviceWorkspace(int64_t bytes_of_partials, int64_t tickets)
+      : partials_("partials", static_cast<size_t>(bytes_of_partials)),
+        tickets_("tickets", static_cast<size_t>(tickets) * sizeof(unsigned)) {
     std::memset(tickets_.data(), 0, tickets_.bytes());
   }
 
@@ -144,6 +146,52 @@ void run(const Problem& p, PlanFor plan_for, Launch launch) {
 struct Emulated {
   static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
   static void copy(const at::Tensor& from, const at::Tensor& to) { to.copy_(from); }
+
+  static void batch_norm_stats(const MomentsArgs& host, c10::Device) {
+    const std::lock_guard lock(one_device);
+    const Problem& p = host.problem;
+    const auto doubles = p.channels * static_cast<int64_t>(sizeof(double));
+    DeviceMemory memory;
+    MomentsArgs args = host;
+    args.x = memory.input("x", host.x, bytes_of(p));
+    args.mean = memory.output("mean", host.mean, doubles);
+    args.m2 = memory.output("m2", host.m2, doubles);
+
+    TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
+    const Plan plan = plan_stats(p, cuda::request_of(args), limits());
+    DeviceWorkspace workspace(plan, p);
+    choose_schedule();
+    check(cuda::batch_norm_stats(args, plan, workspace.get(), nullptr));
+    workspace.check_tickets();
+    memory.copy_back();
+  }
+
+  static void batch_norm_gather_stats(const GatherArgs& host, c10::Device) {
+    const std::lock_guard lock(one_device);
+    const int64_t c = host.channels;
+    constexpr auto kDouble = static_cast<int64_t>(sizeof(double));
+    // From the first part to the end of the last.
+    const auto bytes = [&](int64_t stride, int64_t values) {
+      return host.parts > 0 && values > 0 ? ((host.parts - 1) * stride + values) * kDouble : 0;
+    };
+    DeviceMemory memory;
+    GatherArgs args = host;
+    args.mean = memory.input("mean", host.mean, bytes(host.mean_stride, c));
+    args.m2 = memory.input("m2", host.m2, bytes(host.m2_stride, c));
+    args.count = memory.input("count", host.count, bytes(host.count_stride, 1));
+    args.running_mean = memory.updated("running_mean", host.running_mean, c);
+    args.running_var = memory.updated("running_var", host.running_var, c);
+    args.num_batches_tracked = memory.updated("num_batches_tracked", host.num_batches_tracked, sizeof(int64_t));
+    args.batch_mean = memory.output("batch_mean", host.batch_mean, c * kDouble);
+    args.batch_var = memory.output("batch_var", host.batch_var, c * kDouble);
+    args.batch_count = memory.output("batch_count", host.batch_count, kDouble);
+
+    DeviceWorkspace workspace(0, 1);
+    choose_schedule();
+    check(cuda::batch_norm_gather_stats(args, workspace.get().tickets, nullptr));
+    workspace.check_tickets();
+    memory.copy_back();
+  }
 
   static void batch_norm_train(const TrainArgs& host, c10::Device) {
     const std::lock_guard lock(one_device);
@@ -210,6 +258,8 @@ struct Emulated {
     args.bias = memory.input("bias", host.bias, c);
     args.mean = memory.input("mean", host.mean, doubles);
     args.invstd = memory.input("invstd", host.invstd, doubles);
+    args.mean_grad = memory.input("mean_grad", host.mean_grad, doubles);
+    args.mean_grad_xhat = memory.input("mean_grad_xhat", host.mean_grad_xhat, doubles);
     args.grad_x = memory.output("grad_x", host.grad_x, bytes);
     args.grad_residual = memory.output("grad_residual", host.grad_residual, bytes);
     args.grad_weight = memory.output("grad_weight", host.grad_weight, c);
@@ -234,6 +284,10 @@ TORCH_LIBRARY_IMPL(bnfused_emulated, CPU, m) {
   m.impl("batch_norm_frozen", bnfused::ops::batch_norm_frozen<Emulated>);
   m.impl("batch_norm_eval", bnfused::ops::batch_norm_eval<Emulated>);
   m.impl("batch_norm_backward", bnfused::ops::batch_norm_backward<Emulated>);
+  m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Emulated>);
+  m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Emulated>);
+  m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Emulated>);
+  m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Emulated>);
 }
 
 // What tests/emulator/emulated.py calls.

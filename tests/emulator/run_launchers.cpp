@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <deque>
@@ -40,6 +41,7 @@ struct Case {
   bool parameters = true;
   bool grad_x = true;
   DeviceLimits device = {1, 90};  // one SM: few blocks
+  bool in_parts = false;          // x is a part of the batch
 };
 
 constexpr DType kFloat = DType::kFloat32, kHalf = DType::kFloat16, kBfloat = DType::kBFloat16,
@@ -112,9 +114,18 @@ const Case kCases[] = {
      true,
      true,
      device_of(4, 24 * kKiB)},
+    {.name = "rows_in_parts", .problem = {37, 40, 1, kFloat}, .residual = true, .in_parts = true},
+    {.name = "planes_in_parts", .problem = {2, 3, 13, kHalf}, .activation = kSiLU, .in_parts = true},
     {"misaligned", {9, 3, 17, kFloat}, true, kReLU, false, {}, 4},
     {"empty", {0, 5, 9, kFloat}},
     {"empty_frozen", {0, 5, 1, kFloat}, false},
+    {.name = "empty_in_parts", .problem = {0, 5, 1, kFloat}, .in_parts = true},
+};
+
+// What batches leave behind.
+struct RunningArgs {
+  PerChannel mean, var;
+  int64_t* counter;
 };
 
 // Buffers of a case. Numbers are the same in every run; what the launches write is hashed.
@@ -148,9 +159,12 @@ class Memory {
 
   cuda::Workspace workspace(const Plan& plan, const Problem& problem) {
     void* partials = add("partials", cuda::workspace_bytes(plan, problem), 0).data();
-    auto* tickets = static_cast<unsigned*>(result("tickets", plan.tickets * static_cast<int64_t>(sizeof(unsigned))));
-    std::fill_n(tickets, plan.tickets, 0u);
-    return {partials, tickets};
+    return {partials, tickets(plan.tickets)};
+  }
+  unsigned* tickets(int64_t count) {
+    auto* tickets = static_cast<unsigned*>(result("tickets", count * static_cast<int64_t>(sizeof(unsigned))));
+    std::fill_n(tickets, count, 0u);
+    return tickets;
   }
 
   uint64_t hash_of_results() const {  // FNV-1a
@@ -187,6 +201,42 @@ class Memory {
   uint64_t random_ = 1;
 };
 
+// Statistics of x as a part of a batch, and of the whole batch from those of three parts, the first of them empty.
+cudaError_t gather(const Case& c, const void* x, const RunningArgs& running, double* mean, double* var,
+                   Memory& memory) {
+  const Problem& p = c.problem;
+  const auto doubles = p.channels * static_cast<int64_t>(sizeof(double));
+  const MomentsArgs args{p, x, static_cast<double*>(memory.result("part_mean", doubles)),
+                         static_cast<double*>(memory.result("part_m2", doubles))};
+  const Plan plan = plan_stats(p, cuda::request_of(args), c.device);
+  const cudaError_t status = cuda::batch_norm_stats(args, plan, memory.workspace(plan, p), nullptr);
+  if (status != cudaSuccess) return status;
+
+  constexpr int64_t kParts = 3;
+  // A mean, an m2 and a count of each, one behind the other, as a collective gathers them.
+  const int64_t stride = 2 * p.channels + 1;
+  auto* gathered = static_cast<double*>(memory.numbers("gathered", kParts * stride, kDouble));
+  for (int64_t i = 0; i < kParts * stride; ++i) {
+    if (i % stride >= p.channels)
+      gathered[i] = i % stride < 2 * p.channels ? std::fabs(gathered[i]) : 5.0 * (i / stride);
+  }
+  GatherArgs all{};
+  all.parts = kParts;
+  all.channels = p.channels;
+  all.mean = gathered;
+  all.m2 = gathered + p.channels;
+  all.count = gathered + 2 * p.channels;
+  all.mean_stride = all.m2_stride = all.count_stride = stride;
+  all.running_mean = running.mean;
+  all.running_var = running.var;
+  all.num_batches_tracked = running.counter;
+  all.batch_mean = mean;
+  all.batch_var = var;
+  all.batch_count = static_cast<double*>(memory.result("batch_count", sizeof(double)));
+  all.cumulative = true;
+  return cuda::batch_norm_gather_stats(all, memory.tickets(1), nullptr);
+}
+
 // The forward, and the backward that belongs to it; what both wrote is in `memory`.
 cudaError_t run(const Case& c, Memory& memory) {
   const Problem& p = c.problem;
@@ -211,7 +261,16 @@ cudaError_t run(const Case& c, Memory& memory) {
 
   cudaError_t status;
   constexpr double kEps = 1e-5;
-  if (c.training) {
+  if (c.in_parts) {
+    auto* whole_mean = static_cast<double*>(memory.result("whole_mean", doubles));
+    auto* whole_var = static_cast<double*>(memory.result("whole_var", doubles));
+    status = gather(c, x, {running_mean, running_var, counter}, whole_mean, whole_var, memory);
+    if (status != cudaSuccess) return status;
+    const EvalArgs args{
+        p,    x,      residual, y,       mask, weight, bias, {whole_mean, kDouble}, {whole_var, kDouble},
+        mean, invstd, kEps,     epilogue};
+    status = cuda::batch_norm_eval(args, plan_eval(p, cuda::request_of(args), c.device), nullptr);
+  } else if (c.training) {
     const TrainArgs args{p,           x,       residual, y,      mask, weight, bias, running_mean,
                          running_var, counter, mean,     invstd, kEps, 0,      true, epilogue};
     const Plan plan = plan_train(p, cuda::request_of(args), c.device, forced);
@@ -241,6 +300,17 @@ cudaError_t run(const Case& c, Memory& memory) {
     args.grad_bias = memory.result("grad_bias", p.channels, p.dtype);
   }
   args.epilogue = epilogue;
+  if (c.in_parts) {
+    BackwardArgs sums = args;
+    sums.training = false;
+    sums.grad_x = sums.grad_residual = nullptr;
+    const Plan plan = plan_backward(p, cuda::request_of(sums), c.device);
+    status = cuda::batch_norm_backward(sums, plan, memory.workspace(plan, p), nullptr);
+    if (status != cudaSuccess) return status;
+    args.mean_grad = static_cast<double*>(memory.numbers("mean_grad", p.channels, kDouble));
+    args.mean_grad_xhat = static_cast<double*>(memory.numbers("mean_grad_xhat", p.channels, kDouble));
+    args.grad_weight = args.grad_bias = {};
+  }
   const Plan plan = plan_backward(p, cuda::request_of(args), c.device, forced);
   return cuda::batch_norm_backward(args, plan, memory.workspace(plan, p), nullptr);
 }

@@ -1,0 +1,22 @@
+// The statistics of the training forward and of a part of a batch: the same kernels, compiled once, in
+// batch_norm_stats.cu.
+#pragma once
+#include "cuda/launch.h"
+#include "kernels/batch_norm_stats.cuh"
+
+namespace bnfused::cuda {
+
+template <class T, class Args>
+StatsArgs<T> stats_args(const Args& args, const Plan& plan, Workspace workspace) {
+  return {static_cast<const T*>(args.x),
+          args.problem.numel(),
+          plan.wide,
+          static_cast<Moments<Accumulate<T>>*>(workspace.partials),
+          workspace.tickets,
+          workspace.tickets + plan.tickets - 1,
+          FinishStats(args)};
+}
+
+cudaError_t stats(const TrainArgs&, const Plan&, Workspace, cudaStream_t);
+
+}  // namespace bnfused::cuda

@@ -1,0 +1,40 @@
+// The statistics of a whole batch from the moments of its parts, and the running statistics moved.
+//
+//   computes  mean, var and the count over all parts; running_mean, running_var, counter
+//   moves     reads a mean, an m2 and a count for each channel and part
+//   blocks    runs of columns: the channels, and behind them one of the counts alone, which there is without channels
+//   too needs     one ticket that is 0, and is 0 again afterwards
+#pragma once
+#include "kernels/accumulators.cuh"
+#include "kernels/batch_norm_stats.cuh"
+#include "kernels/layout.cuh"
+
+namespace bnfused {
+
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    batch_norm_gather_stats(GatherArgs args, RunningStats running, unsigned* ticket, Merge s) {
+  using Sums = Moments<double>;
+  const uint32_t first = blockIdx.x * s.columns_per_block;
+  const uint32_t left = s.columns - first;
+  const auto load = [&](uint32_t slot, uint32_t part) -> Sums {
+    const double count = load_global(args.count + part * args.count_stride);
+    const uint32_t c = first + slot;
+    if (c == args.channels) return {0, 0, count};
+    return {load_global(args.mean + part * args.mean_stride + c), load_global(args.m2 + part * args.m2_stride + c),
+            count};
+  };
+  const auto finish = [&](uint32_t slot, const Sums& all) {
+    const uint32_t c = first + slot;
+    if (c == args.channels) {
+      *args.batch_count = all.count;
+      return;
+    }
+    args.batch_mean[c] = all.mean;
+    args.batch_var[c] = all.count > 1 ? all.m2 / all.count : all.m2;
+    if (all.count > 1) running.move(c, all.mean, all.m2 / (all.count - 1));
+  };
+  merge_partials<Sums>(left < s.columns_per_block ? left : s.columns_per_block, s.parts, load, finish);
+  running.count_batch(ticket, s.blocks());
+}
+
+}  // namespace bnfused
