@@ -193,8 +193,8 @@ void backward_rows(const BackwardArgs& args) {
   const Leaves<T>& leaf = best_leaves<T>();
   const int kind = int(kind_of(args));
   const double per_row = 1 / double(p.rows());
-  const RowView sum_view = row_view(p, kSumColumns, args.mask != nullptr);
-  const RowView view = row_view(p, kApplyColumns, args.mask != nullptr);
+  const RowView sum_view = row_view(p, kColumns, args.mask != nullptr);
+  const RowView view = row_view(p, kGradApplyColumns, args.mask != nullptr);
   const bool streaming = streams<T>(p, view.columns, {args.grad_x, args.grad_residual});
   const auto apply = leaf.grad_apply[int(Layout::kRows)][streaming][kind];
 

@@ -77,7 +77,7 @@ template <class T>
 void eval_rows(const EvalArgs& args) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
-  const RowView view = row_view(p, kApplyColumns, args.mask != nullptr);
+  const RowView view = row_view(p, kColumns, args.mask != nullptr);
   const auto apply =
       best_leaves<T>()
           .apply[int(Layout::kRows)][streams<T>(p, view.columns, {args.y})][int(forward_kind(args.epilogue))];

@@ -97,7 +97,7 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
-  const RowView view = row_view(p, kApplyColumns, args.mask != nullptr);
+  const RowView view = row_view(p, kColumns, args.mask != nullptr);
   const auto apply =
       leaf.apply[int(Layout::kRows)][streams<T>(p, view.columns, {args.y})][int(forward_kind(args.epilogue))];
 

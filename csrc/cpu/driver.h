@@ -189,9 +189,9 @@ struct RowView {
 RowView row_view(const Problem& p, int64_t at_least, bool with_mask);
 
 // Four vectors of AVX-512: what sums can keep in registers.
-constexpr int64_t kSumColumns = 64;
+constexpr int64_t kColumns = 64;
 // So that a row is worth its loop (C = 64: the last pass of the backward at 46 instead of 34 GB/s).
-constexpr int64_t kApplyColumns = 256;
+constexpr int64_t kGradApplyColumns = 256;
 
 // A view's rows, cut for the threads.
 class RowTasks {

@@ -93,12 +93,15 @@ struct PerColumn {
 template <Layout kLayout, class A, int kCount>
 using Coefficients = std::conditional_t<kLayout == Layout::kPlanes, Broadcast<A, kCount>, PerColumn<A, kCount>>;
 
-// Rows that share the loads of their coefficients, where the data comes out of the caches. Large tensors, which are
-// streamed, go row by row: memory delivers one stream of lines in order faster than four (measured on 26 MB, 1 KiB
-// rows: the last pass of the backward at 47 instead of 28 GB/s), and 16-bit rows would flush write-combining buffers
-// half full.
+// Rows that share the loads of their coefficients: those loads cost as much as the data once it comes from beyond L2.
+// Streaming 16-bit rows go one by one: half a line at a time to several rows, the write-combining buffers are flushed
+// half full. So do the streaming rows of the backward, which reads two tensors: memory delivers two streams of lines in
+// order faster than eight (measured on 26 MB, 1 KiB rows: its last pass at 47 instead of 28 GB/s; with the one stream
+// of the forward, 0.7 to 1.3 times as fast).
+template <class T, Layout kLayout, bool kStream>
+constexpr int kTogether = kLayout == Layout::kPlanes || (kStream && kIsHalf<T>) ? 1 : 4;
 template <Layout kLayout, bool kStream>
-constexpr int kTogether = kLayout == Layout::kPlanes || kStream ? 1 : 4;
+constexpr int kGradsTogether = kLayout == Layout::kPlanes || kStream ? 1 : 4;
 
 // Calls f(run, count) for all runs, kMost at a time and then one by one; count is a constant.
 template <int kMost, class F>
@@ -117,7 +120,7 @@ void apply(const ApplyArgs<T>& args_in) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const ApplyArgs<T> args = args_in;
-  for_each_group<kTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
+  for_each_group<kTogether<T, kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
     const Coefficients<kLayout, A, kForwardCoefficients> coefficients(args.coefficients + run * args.coefficient_step,
                                                                       args.coefficient_stride);
     constexpr bool kMayOverlap = !kStream && kKind != Forward::kReLU;
@@ -405,7 +408,7 @@ void grad_apply(const GradArgs<T>& args_in) {
   using V = Vec<A>;
   const GradArgs<T> args = args_in;
   const Coefficients<kLayout, A, kBackwardCoefficients> coefficients(args.coefficients, args.coefficient_stride);
-  for_each_group<kTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
+  for_each_group<kGradsTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
     constexpr bool kMayOverlap = !kStream && kKind != Backward::kMaskedReLU;
     map_vectors<A, kMayOverlap>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
       const auto& from = coefficients.at(i);

@@ -190,7 +190,7 @@ void for_each_channel_of_planes(const Problem& p, const T* x, int64_t parts, F f
 template <class T, class F>
 void for_each_channel_of_rows(const Problem& p, const T* x, F f) {
   const Leaves<T>& leaf = best_leaves<T>();
-  const RowView view = row_view(p, kSumColumns, /*with_mask=*/false);
+  const RowView view = row_view(p, kColumns, /*with_mask=*/false);
   const RowTasks tasks(p, view);
   std::vector<ColumnMoments<T>> moments;
   moments.reserve(tasks.count());
