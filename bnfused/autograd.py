@@ -6,6 +6,7 @@ one is torch's derivative of the reference formula: nothing is silently zero, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -240,28 +241,35 @@ class BatchNormBackwardFunction(torch.autograd.Function):
             ]
             grad_y, x, weight, bias, residual = inputs
             y = _formula(x, weight, bias, residual, mean, invstd, passes, activation, activation_param, training, eps)
-            pairs = [
-                (source, upstream)
-                for source, upstream, wanted in zip(
-                    (x, weight, bias, residual), grad_grads, ctx.output_mask, strict=True
-                )
-                if wanted and source is not None and upstream is not None
-            ]
-            if not pairs:
-                return (None,) * 13
-            first = torch.autograd.grad(y, [source for source, _ in pairs], grad_y, create_graph=True)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            second = iter(
-                torch.autograd.grad(
-                    first,
-                    wanted,
-                    [upstream for _, upstream in pairs],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            )
-        results = [next(second) if needed else None for needed in ctx.needs_input_grad[:5]]
-        return (*results, *[None] * 8)
+        asked = [u if wanted else None for u, wanted in zip(grad_grads, ctx.output_mask, strict=True)]
+        return (*second_gradients(y, inputs, asked, ctx.needs_input_grad[:5], create_graph), *[None] * 8)
+
+
+def second_gradients(
+    y: Tensor,
+    inputs: Sequence[Tensor | None],
+    grad_grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    create_graph: bool,
+) -> tuple[Tensor | None, ...]:
+    """What ``grad_grads``, upstream of the gradients of x, weight, bias and residual, are upstream of ``inputs``.
+
+    Args:
+        y: made of all inputs but the first.
+        inputs: grad_y, x, weight, bias, residual.
+        needed: for which inputs; the others get None.
+    """
+    grad_y, *sources = inputs
+    pairs: Any = [(s, u) for s, u in zip(sources, grad_grads, strict=True) if s is not None and u is not None]
+    if not pairs:
+        return (None,) * len(inputs)
+    wanted: Any = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    with torch.enable_grad():
+        first = torch.autograd.grad(y, [source for source, _ in pairs], grad_y, create_graph=True)
+        upstream = [u for _, u in pairs]
+        second = torch.autograd.grad(first, wanted, upstream, create_graph=create_graph, allow_unused=True)
+    found = iter(second)
+    return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
 def differentiable(tensor: Tensor, create_graph: bool) -> Tensor:

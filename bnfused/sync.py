@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfused import activations, parts, reference
-from bnfused.autograd import differentiable
+from bnfused.autograd import differentiable, second_gradients
 from bnfused.modules import _FusedForward
 
 # torch 2.13 renamed it, and warns of the old name.
@@ -353,26 +353,7 @@ class _SyncBackwardFunction(torch.autograd.Function):
             values = x.to(reference.arithmetic_dtype(x))
             mean, var = _statistics(values, saved[5], ctx.group)
             y = reference.transform(values, mean, (var + eps).rsqrt(), weight, bias, residual, code, param, x.dtype)
-            pairs = [
-                (source, upstream)
-                for source, upstream in zip((x, weight, bias, residual), grad_grads, strict=True)
-                if source is not None and upstream is not None
-            ]
-            if not pairs:
-                return (None,) * 12
-            first = torch.autograd.grad(y, [source for source, _ in pairs], grad_y, create_graph=True)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            second = iter(
-                torch.autograd.grad(
-                    first,
-                    wanted,
-                    [upstream for _, upstream in pairs],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            )
-        results = [next(second) if needed else None for needed in ctx.needs_input_grad[:5]]
-        return (*results, *[None] * 7)
+        return (*second_gradients(y, inputs, grad_grads, ctx.needs_input_grad[:5], create_graph), *[None] * 7)
 
 
 class _Sum(torch.autograd.Function):

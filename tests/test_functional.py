@@ -170,6 +170,7 @@ EIGHT_MIB = {
     "nchw, one plane cut": ((1, 3, 1024, 704), "contiguous"),
     "channels_last": ((8, 16, 128, 132), "channels_last"),
     "channels_last, wide": ((4, 96, 75, 76), "channels_last"),
+    "channels_last, short last row": ((1, 96, 151, 151), "channels_last"),
     "rows of one line": ((140_000, 16), "contiguous"),
     "planes of no whole line": ((8, 20, 119, 111), "contiguous"),
 }
@@ -186,6 +187,8 @@ EIGHT_MIB = {
         ("channels_last", False, None, "frozen"),
         ("channels_last", True, "relu", "train"),
         ("channels_last, wide", True, "silu", "train"),
+        ("channels_last, short last row", True, "relu", "train"),
+        ("channels_last, short last row", False, None, "train"),
         ("rows of one line", False, "relu", "train"),
         ("planes of no whole line", True, "relu", "train"),
     ],
