@@ -207,14 +207,22 @@ def _limits(given: str | DeviceLimits | None, device: torch.device) -> DeviceLim
     if device.type != "cuda":
         return None
     properties: Any = torch.cuda.get_device_properties(device)
-    known = [limits for limits in DEVICES.values() if limits.name.split()[-1] in properties.name]
     return DeviceLimits(
         properties.name,
         properties.multi_processor_count,
         (properties.major, properties.minor),
-        known[0].bandwidth if known else None,
+        _bandwidth_of(properties.name),
         properties.shared_memory_per_multiprocessor,
     )
+
+
+def _bandwidth_of(name: str) -> float | None:
+    """Of the GPU that calls itself that, if it is in ``DEVICES``; "NVIDIA H100 80GB HBM3" is not the A100 of 80 GB."""
+    words = set(name.replace("-", " ").split())
+    if words & {"PCIe", "PCIE", "NVL", "Laptop"}:  # slower memory than the modules in DEVICES
+        return None
+    found = [limits.bandwidth for limits in DEVICES.values() if words.issuperset(limits.name.split())]
+    return found[0] if found else None
 
 
 def _cuda_pass(

@@ -7,6 +7,7 @@ A unit is 8 values. What is checked here is arithmetic on the plan; that the ker
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -363,3 +364,26 @@ def test_explain_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> No
         main(["explain", "32", "64", "--channels-last"])
     assert error.value.code == 2
     assert "4 and 5 dimensions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA L40S", None),
+        ("NVIDIA H100 PCIe", None),
+    ],
+)
+def test_bandwidth_by_the_name_of_the_gpu(name: str, key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch reports names; none where the memory is another one than that of the table."""
+    properties = SimpleNamespace(
+        name=name, major=9, minor=0, multi_processor_count=132, shared_memory_per_multiprocessor=1 << 17
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    limits = explanation._limits(None, torch.device("cuda"))
+    assert limits is not None
+    assert limits.bandwidth == (None if key is None else explanation.DEVICES[key].bandwidth)
