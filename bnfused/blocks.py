@@ -204,7 +204,7 @@ class Plan:
         types = self.record.argument_types
         return (
             len(args) == len(types)
-            and all(map(_is_of_type, args, types))
+            and all(_is_of_type(arg, kind, self.record.asked_for_types) for arg, kind in zip(args, types, strict=True))
             and all(a is not b for a, b in itertools.combinations(args, 2))
             and self.holds_for(module)
         )
@@ -221,8 +221,11 @@ class Plan:
         return then.plain(self.function(module, *args, None))
 
 
-def _is_of_type(arg: Any, kind: type) -> bool:
-    return isinstance(arg, Tensor) if kind is Tensor else type(arg) is kind
+def _is_of_type(arg: Any, kind: type, exactly: bool) -> bool:
+    """``exactly``: forward asks for types, and might ask for a subclass."""
+    if kind is Tensor:
+        return type(arg) in (Tensor, nn.Parameter) if exactly else isinstance(arg, Tensor)
+    return type(arg) is kind
 
 
 def _plan(module: nn.Module, record: tracing.Record) -> Plan:

@@ -261,8 +261,8 @@ class FusionReport:
 def fusion_report(model: nn.Module) -> FusionReport:
     """For each batch norm of a model, which op runs it, and why that does not do more.
 
-    The answer is for the model as it is now, in training or in eval, and takes it that a residual has the shape and
-    dtype of what it is added to.
+    The answer is for the model as it is now, in training or in eval, and takes it that a residual has the shape, the
+    dtype and the memory format of what it is added to.
 
     Args:
         model: any module, converted or not.
@@ -281,7 +281,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
         if not isinstance(module, _BatchNorm):
             continue
         if _is_ours(module):
-            op, reason = preview.found.get(id(module), (_own_op(module), "no forward of its model calls it"))
+            op, reason = preview.found.get(id(module), (_own_op(module), "no forward that could be recorded calls it"))
         else:
             op, reason = "torch", _why_left_alone(module)
         entries.append(FusionEntry(name or "(the model)", op, reason))
@@ -379,7 +379,7 @@ def _in_words(end: nn.Module | str) -> str:
         return end
     name = type(end).__name__
     if not is_bare(end):
-        return f"{name} has hooks"
+        return f"{name} has hooks, or a __call__ of its own"
     if drop_probability(end) is not None:
         return f"{name} drops values in training"
     return f"followed by {name}"

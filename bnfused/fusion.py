@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -24,9 +25,14 @@ _FORWARDS = (NORMALIZE, sync.SyncBatchNorm.forward)
 # ---------------------------------------------------------------------------- what is known of a module at this moment
 
 
+def class_forward(module: nn.Module) -> Any:
+    """The forward of the module's class; None where that has none to look at, as the modules of ``torch.jit``."""
+    return getattr(type(module), "forward", None)
+
+
 def is_sequence(module: nn.Module) -> bool:
     """Whether the module calls its children one after the other and does nothing else."""
-    return type(module).forward is nn.Sequential.forward
+    return class_forward(module) is nn.Sequential.forward and None not in module._modules.values()
 
 
 def sequence_of(module: Any) -> list[nn.Module]:
@@ -36,7 +42,7 @@ def sequence_of(module: Any) -> list[nn.Module]:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module is calling its forward, and nobody watches."""
-    return not (
+    return type(module).__call__ is nn.Module.__call__ and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -52,7 +58,7 @@ def is_bare(module: nn.Module) -> bool:
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether the module is bnfused's batch norm and no more."""
     forward = module.__dict__.get("forward")
-    return type(module).forward in _FORWARDS if forward is None else isinstance(forward, BatchNormForward)
+    return class_forward(module) in _FORWARDS if forward is None else isinstance(forward, BatchNormForward)
 
 
 def is_synchronized(module: nn.Module) -> bool:
@@ -60,7 +66,7 @@ def is_synchronized(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     if isinstance(forward, NormalizingForward):
         return forward.synchronized
-    return type(module).forward is sync.SyncBatchNorm.forward
+    return class_forward(module) is sync.SyncBatchNorm.forward
 
 
 # Modules that return their input itself in eval or where they drop nothing: the attribute that says how much they drop.
@@ -136,7 +142,7 @@ def batch_norm_at_end(module: nn.Module) -> nn.Module | None:
         return None
     if is_sequence(module):
         return _batch_norm_at_end_of(sequence_of(module))
-    return module if type(module).forward in _FORWARDS else None
+    return module if class_forward(module) in _FORWARDS else None
 
 
 def _batch_norm_at_end_of(sequence: Sequence[nn.Module]) -> nn.Module | None:
@@ -162,14 +168,15 @@ class Then(NamedTuple):
     end: nn.Module | str
 
     def fits(self, x: Any) -> bool:
-        """Whether the op takes the residual: nothing has to be broadcast, promoted or moved."""
+        """Whether the op takes the residual: nothing has to be broadcast, promoted, moved or laid out anew."""
         residual = self.residual
         return residual is None or (
             isinstance(residual, Tensor)
             and residual.shape == x.shape
             and residual.dtype == x.dtype
             and residual.device == x.device
-            and residual.layout == x.layout
+            and residual.layout == x.layout == torch.strided
+            and _lie_alike(residual, x)
         )
 
     def followed_by(self, other: Then) -> tuple[Then, Then]:
@@ -180,6 +187,17 @@ class Then(NamedTuple):
         residual = other.residual if self.residual is None else self.residual
         both = Then(residual, other.activation, other.activation_param, lambda y: second(first(y)), other.end)
         return both, NOTHING
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether dimensions follow each other in memory in the same order, as in a tensor and a slice of a larger one.
+
+    Where they do not, the strides of a sum depend on the order in which it is written.
+    """
+    if a.stride() == b.stride():
+        return True
+    order = sorted(range(a.dim()), key=a.stride, reverse=True)
+    return all(t.stride(i) > t.stride(j) for t in (a, b) for i, j in itertools.pairwise(order))
 
 
 def _as_it_is(y: Any) -> Any:
@@ -218,7 +236,7 @@ def run(module: nn.Module, x: Any, then: Then, on: Execution) -> Any:
         if isinstance(forward, Forward):
             return forward.run((x,), then, on)
         if forward is None:
-            if type(module).forward in _FORWARDS:
+            if class_forward(module) in _FORWARDS:
                 return normalize(module, module, x, then, on)
             if is_sequence(module):
                 return _run_sequence(sequence_of(module), x, then, on)

@@ -25,7 +25,7 @@ import math
 import operator
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, NoReturn
@@ -43,24 +43,32 @@ class Untraceable(Exception):
 class Record:
     """What ``forward`` did, in a graph whose placeholders are its arguments.
 
-    ``observed`` is what it read of its module, as (name, fact), and ``observed_globals`` what its code names of the
-    Python module that it stands in, as (Python module, name, value). ``argument_types`` are those of its arguments.
+    ``forwards`` are that of its class and those behind it, which ``super`` finds. ``observed`` is what it read of its
+    module, as (name, fact), and ``observed_globals`` what its code names of the Python module that it stands in, and of
+    classes and functions there, as (place, name, value). ``argument_types`` are those of its arguments.
     """
 
-    forward: Callable[..., Any]
+    forwards: tuple[Any, ...]
     graph: fx.Graph
     observed: tuple[tuple[str, Any], ...]
-    observed_globals: tuple[tuple[ModuleType, str, Any], ...]
+    observed_globals: tuple[tuple[_Place, str, Any], ...]
     argument_types: tuple[type, ...]
     asked_for_types: bool
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the forward of ``module`` is the same and would read the same now."""
         return (
-            type(module).forward is self.forward
+            _forwards(type(module)) == self.forwards
             and all(fact(module, name) == observed for name, observed in self.observed)
             and all(getattr(place, name, None) is value for place, name, value in self.observed_globals)
         )
+
+
+_Place = ModuleType | type | FunctionType
+
+
+def _forwards(cls: type) -> tuple[Any, ...]:
+    return tuple(base.__dict__["forward"] for base in cls.__mro__ if "forward" in base.__dict__)
 
 
 class _ABSENT:
@@ -92,7 +100,20 @@ _CONSTANTS = (
 def _is_constant(value: Any) -> bool:
     if type(value) is tuple:
         return all(_is_constant(element) for element in value)
+    if isinstance(value, FunctionType):
+        return _has_constant_defaults(value)
     return isinstance(value, _CONSTANTS)
+
+
+def _has_constant_defaults(function: FunctionType) -> bool:
+    """Whether a call of the function finds the defaults of the call before."""
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return all(_is_constant(default) for default in defaults)
+
+
+def _has_length(module: nn.Module) -> bool:
+    """Whether it can be false."""
+    return hasattr(module, "__len__") or hasattr(module, "__bool__")
 
 
 def fact(module: nn.Module, name: str) -> Any:
@@ -106,7 +127,7 @@ def fact(module: nn.Module, name: str) -> Any:
     if type(value) is nn.ModuleDict:
         return nn.ModuleDict, tuple(value)
     if isinstance(value, nn.Module):
-        return nn.Module
+        return nn.Module, _has_length(value)
     if isinstance(value, Tensor):
         return Tensor
     if isinstance(value, MethodType):
@@ -221,8 +242,8 @@ class _Recording:
         self.argument_types = argument_types
         self.tracer = _Tracer(self)
         self.observed: dict[str, Any] = {}
-        self.observed_globals: dict[tuple[ModuleType, str], Any] = {}
-        self.children: dict[int, _Child] = {}
+        self.observed_globals: dict[tuple[_Place, str], Any] = {}
+        self.children: dict[str, _Child] = {}
         self.reason: str | None = None
         self.asked_for_types = False
         self.nested: set[CodeType] = set()
@@ -253,7 +274,7 @@ class _Recording:
         if self.reason is not None:  # even where the code of forward caught the exception
             raise Untraceable(self.reason)
         return Record(
-            forward=cls.forward,
+            forwards=_forwards(cls),
             graph=self.tracer.graph,
             observed=tuple(self.observed.items()),
             observed_globals=tuple((*place, value) for place, value in self.observed_globals.items()),
@@ -290,9 +311,12 @@ class _Recording:
         if name in module.__dict__ and not (is_descriptor and hasattr(type(of_class), "__set__")):
             return self.constant(name, self.training if name == "training" else module.__dict__[name])
         if is_descriptor:
-            if not isinstance(of_class, (FunctionType, property, classmethod, staticmethod)):
+            # Not a class method: what that reads of the class would go unseen.
+            if not isinstance(of_class, (FunctionType, property, staticmethod)):
                 self.fail(f"reads {name}")
             if isinstance(of_class, FunctionType):
+                if not _has_constant_defaults(of_class):
+                    self.fail(f"calls {name}, which has a default that can change")
                 self.observed[name] = of_class
             return of_class.__get__(stand_in, cls)
         if of_class is not _ABSENT:
@@ -325,7 +349,7 @@ class _Recording:
         return self.stand_in(name, child)
 
     def stand_in(self, target: str, child: nn.Module) -> _Child:
-        return self.children.setdefault(id(child), _Child(self, target, hasattr(child, "__len__")))
+        return self.children.setdefault(target, _Child(self, target, _has_length(child)))
 
     # -------------------------------------------------------------------------------------- what forward calls
 
@@ -348,21 +372,44 @@ class _Recording:
     def check_code(self, frame: FrameType) -> None:
         """Code outside torch may use global names for constants, functions and types, and write none."""
         code = frame.f_code
-        for instruction in dis.get_instructions(code):
+        instructions = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
+        for i, instruction in enumerate(instructions):
             name = instruction.argval
             if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME"):
                 self.fail(f"changes or imports {name}")
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and not self.may_name(frame, name):
-                self.fail(f"uses {name}")
-        if code not in self.nested:  # what was not made in this run
-            for name in code.co_freevars:
-                value = frame.f_locals.get(name)
-                if name != "__class__" and not _is_constant(value):
+            if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and name == "__class__":
+                self.fail("asks for a class")
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                if not self.may_name(frame, name):
                     self.fail(f"uses {name}")
-            reason = _unrecordable(code)
+                self.observe_attributes(frame.f_globals.get(name), name, instructions[i + 1 :])
+        if code not in self.nested:  # what was not made in this run
+            for name in code.co_freevars:  # of a variable that somebody else can assign to
+                if name != "__class__":
+                    self.fail(f"uses {name}")
+            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            reason = _unrecordable(code, type(first) is _Self)
             if reason is not None:
                 self.fail(reason)
         self.nested.update(constant for constant in code.co_consts if isinstance(constant, CodeType))
+
+    def observe_attributes(self, place: Any, path: str, following: Sequence[dis.Instruction]) -> None:
+        """Note what the next instructions read of a class or a function, as of one that holds settings."""
+        for instruction in following:
+            if not isinstance(place, (type, FunctionType)):
+                return
+            name = str(instruction.argval)
+            if instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                self.fail(f"writes {path}.{name}")
+            if instruction.opname.startswith("STORE_") and isinstance(place, type):
+                self.fail(f"uses {path} by another name")
+            if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                return
+            value, path = getattr(place, name, _ABSENT), f"{path}.{name}"
+            if not _is_constant(value):
+                self.fail(f"uses {path}")
+            self.observed_globals[place, name] = value
+            place = value
 
     def may_name(self, frame: FrameType, name: str) -> bool:
         if name not in frame.f_globals:
@@ -379,13 +426,18 @@ class _Recording:
 
 
 @functools.cache
-def _unrecordable(code: CodeType) -> str | None:
-    """What stand-ins cannot notice, read off the source: ``is``, and what is done about exceptions and on leaving."""
+def _unrecordable(code: CodeType, is_method: bool) -> str | None:
+    """What stand-ins cannot notice, read off the source.
+
+    That is ``is``, ``hasattr`` and its like, and what is done about exceptions and on leaving. ``is_method``: the first
+    argument is the module.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, SyntaxError):
         return "has no source to read"
-    identities = _Identities(tree, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    identities = _Identities(tree, arguments, arguments[0] if is_method else None)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Try, ast.With, ast.AsyncWith, ast.Match)):
             return f"has a {type(node).__name__.lower()} statement"
@@ -393,6 +445,11 @@ def _unrecordable(code: CodeType) -> str | None:
             with_constant = len(node.ops) == 1 and isinstance(node.comparators[0], ast.Constant)
             if not with_constant or not identities.is_known(node.left):
                 return f"asks whether {ast.unparse(node)}"
+        match node:
+            case ast.Call(func=ast.Name(id="hasattr" | "getattr" as asked), args=[of, *rest]):
+                is_question = asked == "hasattr" or len(rest) > 1
+                if is_question and not (isinstance(of, ast.Name) and identities.is_module(of.id)):
+                    return f"asks for {ast.unparse(node)}"
     return None
 
 
@@ -400,11 +457,12 @@ class _Identities:
     """Which expressions of a function are None or not for its stand-ins as for what they stand for.
 
     Those are its arguments, as long as nothing else is assigned to them, and what the module has; but not what a child
-    or an operation returns.
+    or an operation returns. ``module`` is the argument that is the module, if any.
     """
 
-    def __init__(self, tree: ast.AST, arguments: tuple[str, ...]) -> None:
+    def __init__(self, tree: ast.AST, arguments: tuple[str, ...], module: str | None) -> None:
         self.arguments = arguments
+        self.module = module
         self.first_written: dict[str, int] = {}
         self.assigned: dict[str, list[ast.expr | None]] = {}
         values = {
@@ -414,6 +472,10 @@ class _Identities:
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 self.assigned.setdefault(node.id, []).append(values.get(node))
                 self.first_written[node.id] = min(node.lineno, self.first_written.get(node.id, node.lineno))
+            if isinstance(node, (ast.For, ast.While)):  # what stands behind in a loop can come before
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                        self.first_written[inner.id] = 0
 
     def is_known(self, node: ast.expr | None) -> bool:
         match node:
@@ -429,8 +491,11 @@ class _Identities:
                 ast.Attribute(value=ast.Name(id=name))
                 | ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id=name), *_])
             ):
-                return name == self.arguments[0] and name not in self.assigned
+                return self.is_module(name)
         return False
+
+    def is_module(self, name: str) -> bool:
+        return name == self.module and name not in self.assigned
 
 
 def _is_exception(value: Any) -> bool:
@@ -511,6 +576,14 @@ def _in_place(name: str) -> Callable[..., Any]:
     return method
 
 
+def _unpacked(values: Any, count: int) -> tuple[Any, ...]:
+    """What ``a, b = values`` assigns, ``count`` being 2."""
+    found = tuple(values)
+    if len(found) != count:
+        raise ValueError(f"expected {count} values to unpack, got {len(found)}")
+    return found
+
+
 class _Value(Proxy):
     """Stands for a tensor, or for a list of tensors."""
 
@@ -528,8 +601,41 @@ class _Value(Proxy):
         recording.asked_for_types = True
         return kind
 
-    def __getattr__(self, k: str) -> Attribute:
+    def __getattr__(self, k: str) -> Proxy:  # type: ignore[override]
+        if _is_outside(sys._getframe(1)) and not callable(getattr(Tensor, k, None)):
+            # Read now: a later operation may change it, as the shape.
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
         return _Attribute(self, k)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse(f"writes {name} of a tensor")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse(f"deletes {name} of a tensor")
+        super().__delattr__(name)
+
+    # Python would take a stand-in for any other key, and its name for what stands in a text.
+    def __hash__(self) -> int:
+        self._refuse("looks a value up")
+        return super().__hash__()
+
+    def __repr__(self) -> str:
+        self._refuse("makes a text of a value")
+        return super().__repr__()
+
+    def _refuse(self, reason: str) -> None:
+        if _is_outside(sys._getframe(2)):
+            self.tracer.recording.fail(reason)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = sys._getframe(1)
+        code, at = frame.f_code.co_code, frame.f_lasti
+        if dis.opname[code[at]] != "UNPACK_SEQUENCE" or dis.opname[code[at - 2]] == "EXTENDED_ARG":
+            return self.tracer.iter(self)
+        count = code[at + 1]
+        values: Any = self.tracer.create_proxy("call_function", _unpacked, (self, count), {})
+        return iter([values[i] for i in range(count)])
 
     # Proxy has none of these, and Python would take `x += y` for `x = x + y`.
     __iadd__ = _in_place("iadd")
