@@ -8,7 +8,7 @@
 //               reading again what it has just read (from the L1 or L2 cache)
 //   kResident   one launch: the blocks that share a channel keep what they have read in shared memory, wait for the
 //               last of them to merge the partial sums in a fixed order, and apply; what does not fit they read again,
-//               last-read first
+//               last-read first. What they keep of their next channel they read meanwhile
 //   kStreaming  two launches: the values of a channel are split over blocks, the last of which merges the partial sums
 //               in a fixed order; the second launch applies, last-read first
 //   kApply      one launch: nothing to sum (eval; the gradient of x under given statistics)
@@ -88,6 +88,7 @@ struct Flat {
 struct Residency {
   uint32_t teams;
   uint32_t steps;        // units that a thread keeps: the first that it reads, for the last are those that caches have
+  uint32_t ahead;        // the first of them, those of the next tile have room beside those of this one
   uint32_t keeps_bytes;  // dynamic shared memory that they take
   int64_t values = 0;    // of a tensor, that are kept
 
@@ -270,16 +271,19 @@ inline Cut cut_of(uint32_t tiles, uint64_t length, uint32_t at_once, uint64_t mo
 }
 
 // The best cut for `blocks_per_sm` blocks on an SM where all is kept, else for one, which leaves the most to keep.
-// `unit_bytes`: of the tensors that are kept, together.
+// `unit_bytes`: of the tensors that are kept, together. `fetches`: units of 16 bytes of the next tile can be on their
+// way before this one is finished.
 inline Cut best_cut(const DeviceLimits& device, int blocks_per_sm, int64_t other_shared, int64_t unit_bytes,
                     uint32_t tiles, uint64_t length, uint32_t at_once, uint32_t threads, uint64_t most_parts,
-                    bool together) {
+                    bool together, bool fetches) {
   Cut cut{};
   for (int on_sm = blocks_per_sm;; --on_sm) {
     const int64_t shared = device.shared_per_sm / on_sm - kReservedShared - other_shared;
     const uint64_t steps = uint64_t(std::max<int64_t>(0, shared) / (threads * unit_bytes));
     cut = cut_of(tiles, length, at_once, most_parts, uint64_t(device.sm_count) * on_sm, steps, together);
-    cut.residency.keeps_bytes = uint32_t(cut.residency.steps * threads * unit_bytes);
+    Residency& r = cut.residency;
+    r.ahead = fetches && r.teams < tiles ? std::min(r.steps, uint32_t(steps) - r.steps) : 0;
+    r.keeps_bytes = uint32_t((r.steps + r.ahead) * threads * unit_bytes);
     if (cut.kept == length || on_sm == 1) return cut;
   }
 }
@@ -332,6 +336,7 @@ inline Plan resident_plan(Plan plan, const Problem& p, int tensors, const Device
   const bool rows = p.inner == 1;
   const int64_t unit_bytes = tensors * kUnitValues * size_of(p.dtype);
   const int blocks_per_sm = resident_blocks_per_sm(p.dtype, rows);
+  const bool fetches = plan.wide && device.compute_capability >= 80;  // kHasCopiesAsync of the kernels
   uint64_t length;
   Cut cut;
   if (rows) {
@@ -339,7 +344,7 @@ inline Plan resident_plan(Plan plan, const Problem& p, int tensors, const Device
     length = s.rows;
     const uint64_t most_parts = ceil_div(length, uint64_t(s.lanes) * kRowsPerThread);
     cut = best_cut(device, blocks_per_sm, static_shared(rows) + table_bytes(s), unit_bytes, s.tiles, length, s.lanes,
-                   s.threads, most_parts, s.domains() != s.tiles);
+                   s.threads, most_parts, s.domains() != s.tiles, fetches);
     s.parts = cut.parts;
     plan.partials = int64_t(s.parts) * s.columns * kUnitValues;
     plan.tickets = 2 * int64_t(s.domains()) + 1;
@@ -349,7 +354,7 @@ inline Plan resident_plan(Plan plan, const Problem& p, int tensors, const Device
     s.threads = uint32_t(std::min<uint64_t>(ceil_div(length, 32) * 32, kThreads));
     const uint64_t most_parts = ceil_div(length, uint64_t(s.threads) * kRowsPerThread);
     cut = best_cut(device, blocks_per_sm, static_shared(rows), unit_bytes, s.channels, length, s.threads, s.threads,
-                   most_parts, false);
+                   most_parts, false, fetches);
     s.parts = cut.parts;
     plan.partials = int64_t(s.parts) * s.channels;
     plan.tickets = 2 * int64_t(s.domains()) + 1;

@@ -22,6 +22,7 @@ from emulator.build import ROOT, build
 
 KERNELS = sorted((ROOT / "csrc" / "kernels").glob("*.cuh"))
 SCHEDULES = 6  # emulator/schedules.h
+WAIT = r"(__(syncthreads|syncwarp|threadfence)\w*|cp_async_wait<\d+>)\("  # a barrier, a fence, or for a copy
 
 # ------------------------------------------------------------------------------- without torch: run_launchers.cpp
 
@@ -99,7 +100,7 @@ def test_every_kernel_and_every_barrier_is_run():
         f"{path.name}:{number}"
         for path in KERNELS
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if path.name != "platform.cuh" and re.search(r"__(syncthreads|syncwarp|threadfence)\w*\(", line.split("//")[0])
+        if path.name != "platform.cuh" and re.search(WAIT, line.split("//")[0])
     }
     assert in_source == {site for case in case_names() for site in undisturbed(case).sites}
 
@@ -216,6 +217,7 @@ def test_backward_bytes(strategy, layout, activation, residual, dtype):
     assert_wide(launches)
 
 
+FUSIONS = ({}, {"residual": True, "activation": "relu"}, {"residual": True, "activation": "silu"})
 # Of an SM: nothing fits, a unit or a few of each thread do, all of the small tensors below do.
 KIB_OF_SHARED = (20, 40, 60, 228)
 
@@ -269,10 +271,36 @@ def test_every_strategy_agrees_with_the_oracle(backend, strategy, layout, channe
     Traps: a tile's constants that are still those of the tile before; a plane's edge that is kept with its neighbour's.
     """
     shape = (3, channels, 13, 15) if channels < 65 else (3, channels, 5, 7)
-    fusions = ({}, {"residual": True, "activation": "relu"}, {"residual": True, "activation": "silu"})
-    for fused, kib in zip(fusions, (48, 228, 40), strict=True):
+    for fused, kib in zip(FUSIONS, (48, 228, 40), strict=True):
         with emulated.settings(strategy=strategy, shared_per_sm=1024 * kib):
             checks.check_against_oracle(backend.batch_norm, cases.make(shape, dtype=dtype, layout=layout, **fused))
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("fused", FUSIONS, ids=["plain", "masked", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", ["train", "backward"])
+def test_the_next_tile_is_fetched_in_time(backend, op, layout, dtype, fused):
+    """Of a team's next tile, some steps into room of their own and some into that of this one; the rest is loaded.
+
+    Traps: a slot that is overwritten before it was used, or read before the copy has ended; one that belongs to another
+    turn; a unit at the edge of a plane, of the tensor or of the last tile that was never fetched; grad_y without the
+    mask.
+    """
+    n, c, h, w = shape = (3, 3, 45, 51) if layout == "contiguous" else (4, 40, 10, 25)
+    outer, inner = (n, h * w) if layout == "contiguous" else (n * h * w, 1)
+    problem = {"outer": outer, "channels": c, "inner": inner, "dtype": CODES[dtype]}
+    device = {"sm_count": 2, "compute_capability": 90}
+    needed = {"residual": fused.get("activation") == "silu"} if op == "backward" else {}
+    for kib in range(20, 229, 4):
+        plan = _extension.plan(op=op, **problem, **device, **needed, shared_per_sm=1024 * kib, strategy="resident")
+        (launch,) = plan["launches"]
+        if 0 < launch["ahead"] < launch["steps"]:
+            break
+    assert 0 < launch["ahead"] < launch["steps"] and launch["teams"] < launch.get("tiles", c), launch
+    with emulated.settings(strategy="resident", shared_per_sm=1024 * kib, sm_count=2):
+        checks.check_against_oracle(backend.batch_norm, cases.make(shape, dtype=dtype, layout=layout, **fused))
 
 
 def test_blocks_that_wait_have_to_be_there_together():

@@ -18,7 +18,8 @@ from emulator.build import HERE, build
 
 SCHEDULES = {"forward", "reverse", "random1", "random2", "random3", "random4"}
 SOURCE = (HERE / "faulty_kernels.cpp").read_text()
-RIGHT = ["sum", "reverse", "reverse_in_warp", "grid", "cluster", "async", "bulk", "chain", "collectives", "copy"]
+RIGHT = ["sum", "reverse", "reverse_in_warp", "grid", "cluster", "async", "async_again", "bulk", "chain"]
+RIGHT += ["collectives", "copy"]
 
 EVERYWHERE = len(SCHEDULES)
 # What the plain build says of each fault, and under how many of the six schedules at least. Where it is not all six,
@@ -32,6 +33,7 @@ FAULTS = {
     "grid_no_sync": (5, "wrong"),
     "cluster_no_sync": (5, "wrong"),
     "async_no_wait": (3, "wrong"),
+    "async_read_in_flight": (3, "wrong"),
     "read_inactive_lane": (EVERYWHERE, "wrong"),
     "sum_read_past_end": (EVERYWHERE, r"thread 44 of block 1 loads 4 bytes at <line>, byte 1200 of 'x' \(1200 bytes\)"),
     "sum_write_past_end": (

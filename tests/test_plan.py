@@ -106,6 +106,13 @@ def check_residency(plan: dict[str, Any], launch: dict[str, Any], problem: dict[
     assert 1 <= launch["teams"] <= tiles
     assert launch["teams"] == tiles or (waits and domains == tiles)
     assert waits <= (plan["strategy"] == "resident")
+    # What is fetched before its turn has a tile that it is of, room, and a device that copies by itself.
+    assert 0 <= launch["ahead"] <= launch["steps"]
+    assert launch["ahead"] == 0 or (launch["teams"] < tiles and limits.compute_capability >= (8, 0))
+    table = launch["tile"] * UNIT * 64 if "tile" in launch else 0
+    slot = launch["threads"] * UNIT * SIZES[problem["dtype"]]
+    tensors, left = divmod(launch["shared_bytes"] - table, max(1, launch["steps"] + launch["ahead"]) * slot)
+    assert left == 0 and tensors <= 3
     layout = "rows" if "columns" in launch else "planes"
     shared = SHARED_STATIC[layout] + launch["shared_bytes"]
     if plan["strategy"] == "small" or limits.shared_per_sm == 0:

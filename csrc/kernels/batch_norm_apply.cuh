@@ -58,6 +58,10 @@ struct ForwardBody {
     load_residual(loaded, unit, span);
   }
 
+  __device__ __forceinline__ void fetch(const OnChip<T>& kept, uint32_t step, uint32_t unit) const {
+    kept.fetch(step, 0, x + int64_t(unit) * kUnit);
+  }
+
   // x was kept; the residual is read here only.
   __device__ __forceinline__ void recall(Loaded& loaded, const OnChip<T>& kept, uint32_t step, uint32_t unit,
                                          Span span) const {

@@ -109,14 +109,30 @@ struct BackwardBody {
   __device__ __forceinline__ bool needs_residual() const { return Activation::kNeedsZ && residual != nullptr; }
   __device__ __forceinline__ uint32_t tensors() const { return 2 + needs_residual(); }  // that are kept
 
-  // grad_y is kept as it is behind the mask, and the mask not at all.
-  __device__ __forceinline__ void keep(const Loaded& loaded, const OnChip<T>& kept, uint32_t step) const {
-    Pack<T> passed = loaded.grad_y;
+  __device__ __forceinline__ void fetch(const OnChip<T>& kept, uint32_t step, uint32_t unit) const {
+    const int64_t at = int64_t(unit) * kUnit;
+    kept.fetch(step, 0, grad_y + at);
+    kept.fetch(step, 1, x + at);
+    if (needs_residual()) kept.fetch(step, 2, residual + at);
+  }
+
+  // What was fetched, and the mask, whose bytes are too small for it.
+  __device__ __forceinline__ void receive(Loaded& loaded, const OnChip<T>& kept, uint32_t step, uint32_t unit) const {
+    recall(loaded, kept, step, unit, {0, kUnit});
+    if constexpr (Activation::kMasked) loaded.mask = load_global(mask + unit);
+  }
+
+  // grad_y is kept as it is behind the mask, and the mask not at all. `fetched`: as they are, all are there.
+  __device__ __forceinline__ void keep(const Loaded& loaded, const OnChip<T>& kept, uint32_t step, bool fetched) const {
     if constexpr (Activation::kMasked) {
+      Pack<T> passed = loaded.grad_y;
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) passed.v[k] = loaded.mask >> k & 1 ? passed.v[k] : from_accumulate<T>(0);
+      kept.put(step, 0, passed);
+    } else if (!fetched) {
+      kept.put(step, 0, loaded.grad_y);
     }
-    kept.put(step, 0, passed);
+    if (fetched) return;
     kept.put(step, 1, loaded.x);
     if (needs_residual()) kept.put(step, 2, loaded.residual);
   }
@@ -219,7 +235,8 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, const Source&
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const uint32_t r = row + i * s.lanes;
-        if (r < end && r * s.columns + thread.column < units) source.keep(loaded[i], done + i);
+        const uint32_t unit = r * s.columns + thread.column;
+        if (r < end && unit < units) source.keep(loaded[i], span_of(unit, numel), done + i);
       }
       done += kLoads;
 #pragma unroll
@@ -273,7 +290,7 @@ __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Sour
       if (number_of(step + i) >= block.end) continue;
       const PlaneUnit at(s, block.channel, number_of(step + i));
       if (at.span.empty()) continue;
-      source.keep(loaded[i], step + i);
+      source.keep(loaded[i], at.span, step + i);
       A g[kUnit], d[kUnit];
       body.differentiate(loaded[i], constants_of, g, d);
       if (write) body.write(at.unit, at.span, g, d, constants_of);

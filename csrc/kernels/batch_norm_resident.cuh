@@ -3,7 +3,7 @@
 //
 //   computes  what batch_norm_stats.cuh and batch_norm_apply.cuh compute, or what batch_norm_backward.cuh does
 //   moves     reads once what it keeps; what it does not keep twice, the second time last-read first. Writes y and the
-//             mask once, or grad_x and grad_residual
+//             mask once, or grad_x and grad_residual. While a tile is finished, the next is on its way
 //   blocks    teams. Rows: a team has a tile of columns, each of its blocks a part of the rows; Planes: a channel, each
 //             a part of its units. A team goes from tile to tile
 //   needs     where a team has several blocks, all of them running at once, workspace for the partials, tickets and
@@ -46,14 +46,39 @@ __device__ __forceinline__ bool finish_for_team(const Sums& sums, Sums* partials
   return last;
 }
 
+// For a thread of a team that takes every teams-th tile, or channel.
+template <class Body>
+__device__ __forceinline__ Fetch<Body, ColumnUnits> fetch_of_next(const Body& body,
+                                                                  const OnChip<typename Body::Value>& kept,
+                                                                  const Rows& s, const RowsThread& thread,
+                                                                  uint32_t teams, int64_t numel) {
+  const uint32_t tile = thread.tile + teams;
+  return {body, kept, {s, RowsThread(s, tile, thread.part), numel}, kHasCopiesAsync && body.wide && tile < s.tiles};
+}
+template <class Body>
+__device__ __forceinline__ Fetch<Body, ChannelUnits> fetch_of_next(const Body& body,
+                                                                   const OnChip<typename Body::Value>& kept,
+                                                                   const Planes& s, const PlanesBlock& block,
+                                                                   uint32_t teams) {
+  const uint32_t channel = block.channel + teams;
+  return {body, kept, {s, PlanesBlock(s, channel, block.part)}, kHasCopiesAsync && body.wide && channel < s.channels};
+}
+
 template <class T>
 struct XToKeep : XFromMemory<T> {
   const OnChip<T>& kept;
 
   __device__ __forceinline__ XToKeep(const XFromMemory<T>& x, const OnChip<T>& kept_)
       : XFromMemory<T>(x), kept(kept_) {}
-  __device__ __forceinline__ void keep(const Pack<T>& pack, uint32_t step) const {
-    if (kept.has(step)) kept.put(step, 0, pack);
+  __device__ __forceinline__ void load(Pack<T>& pack, uint32_t unit, Span span, uint32_t step) const {
+    if (kept.has_fetched(step, span)) {
+      kept.get(step, 0, pack);
+    } else {
+      XFromMemory<T>::load(pack, unit, span, step);
+    }
+  }
+  __device__ __forceinline__ void keep(const Pack<T>& pack, Span span, uint32_t step) const {
+    if (kept.has(step) && !kept.has_fetched(step, span)) kept.put(step, 0, pack);
   }
 };
 
@@ -62,20 +87,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     batch_norm_resident_rows(StatsArgs<T> args, ForwardBody<T, Activation> body, ForwardConstants constants, Rows s,
                              Residency residency) {
   using A = Accumulate<T>;
+  using Body = ForwardBody<T, Activation>;
   using Sums = Moments<A>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
-  const OnChip<T> kept(shared, residency.steps, 1);
+  OnChip<T> kept(shared, residency, 1);
   uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);  // of the tile's sums, then of its constants
   for (uint32_t tile = blockIdx.x % residency.teams; tile < s.tiles; tile += residency.teams) {
     const RowsThread thread(s, tile, blockIdx.x / residency.teams);
+    const auto next = fetch_of_next(body, kept, s, thread, residency.teams, args.numel);
+    kept.await();
     Sums sums[kUnit];
     column_moments<T>(XToKeep<T>(args.from_memory(), kept), args.numel, s, thread, sums);
+    next.ahead();
     merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
     const bool last = finish_for_team(sums, reinterpret_cast<Sums*>(table), args.partials, args.tickets, s, thread,
                                       [&](uint32_t c, const Sums& all) { args.finish(c, all); });
     const ColumnConstants<Affine<A>> of_column(reinterpret_cast<Affine<A>*>(table), s, thread,
                                                [&](uint32_t c, bool) { return constants.get<A>(c, false); });
-    sweep_column(body, Recalled<ForwardBody<T, Activation>>{body, kept}, args.numel, s, thread, of_column);
+    sweep_column(body, Recalled<Body, ColumnUnits>{body, kept, next}, args.numel, s, thread, of_column);
+    kept.next_tile(next.wanted);
     if (last) args.finish.count_batch(args.batch_ticket, s.domains());
   }
 }
@@ -85,17 +115,22 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
     batch_norm_resident_planes(StatsArgs<T> args, ForwardBody<T, Activation> body, ForwardConstants constants, Planes s,
                                Residency residency) {
   using A = Accumulate<T>;
+  using Body = ForwardBody<T, Activation>;
   using Sums = Moments<A>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
-  const OnChip<T> kept(shared, residency.steps, 1);
+  OnChip<T> kept(shared, residency, 1);
   for (uint32_t channel = blockIdx.x % residency.teams; channel < s.channels; channel += residency.teams) {
     const PlanesBlock block(s, channel, recomputed(blockIdx.x / residency.teams));
+    const auto next = fetch_of_next(body, kept, s, block, residency.teams);
+    kept.await();
     Sums sums = plane_moments<T>(XToKeep<T>(args.from_memory(), kept), s, block);
+    next.ahead();
     merge_block(sums);
     const bool last = finish_for_team(sums, args.partials, args.tickets, s, block,
                                       [&](uint32_t c, const Sums& all) { args.finish(c, all); });
     if (last) args.finish.count_batch(args.batch_ticket, s.domains());
-    sweep_channel(body, Recalled<ForwardBody<T, Activation>>{body, kept}, s, block, constants.get<A>(channel, false));
+    sweep_channel(body, Recalled<Body, ChannelUnits>{body, kept, next}, s, block, constants.get<A>(channel, false));
+    kept.next_tile(next.wanted);
   }
 }
 
@@ -105,21 +140,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   using A = Accumulate<T>;
   using Body = BackwardBody<T, Activation>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
-  const OnChip<T> kept(shared, residency.steps, args.body.tensors());
+  OnChip<T> kept(shared, residency, args.body.tensors());
   uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);
   Affine<A>* const forward_table = reinterpret_cast<Affine<A>*>(table);
   for (uint32_t tile = blockIdx.x % residency.teams; tile < s.tiles; tile += residency.teams) {
     const RowsThread thread(s, tile, blockIdx.x / residency.teams);
     const ColumnConstants<Affine<A>> forward(forward_table, s, thread,
                                              [&](uint32_t c, bool) { return args.constants.template forward<A>(c); });
+    const auto next = fetch_of_next(args.body, kept, s, thread, residency.teams, args.numel);
+    kept.await();
     GradSums sums[kUnit];
     column_grad_sums(args.body, ToKeep<Body>{args.body, kept}, args.numel, s, thread, forward, false, sums);
+    next.ahead();
     merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
     finish_for_team(sums, reinterpret_cast<GradSums*>(forward_table + kUnit * s.tile), args.partials, args.tickets, s,
                     thread, [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
     const ColumnConstants<GradAffine<A>> of_column(reinterpret_cast<GradAffine<A>*>(table), s, thread,
                                                    [&](uint32_t c, bool) { return args.constants.template get<A>(c); });
-    sweep_column(args.body, Recalled<Body>{args.body, kept}, args.numel, s, thread, of_column);
+    sweep_column(args.body, Recalled<Body, ColumnUnits>{args.body, kept, next}, args.numel, s, thread, of_column);
+    kept.next_tile(next.wanted);
     __syncthreads();  // the table is that of the next tile
   }
 }
@@ -130,15 +169,20 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
   using A = Accumulate<T>;
   using Body = BackwardBody<T, Activation>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
-  const OnChip<T> kept(shared, residency.steps, args.body.tensors());
+  OnChip<T> kept(shared, residency, args.body.tensors());
   for (uint32_t channel = blockIdx.x % residency.teams; channel < s.channels; channel += residency.teams) {
     const PlanesBlock block(s, channel, recomputed(blockIdx.x / residency.teams));
     const Affine<A> forward = args.constants.template forward<A>(channel);
+    const auto next = fetch_of_next(args.body, kept, s, block, residency.teams);
+    kept.await();
     GradSums sums = plane_grad_sums(args.body, ToKeep<Body>{args.body, kept}, s, block, forward, false);
+    next.ahead();
     merge_block(sums);
     finish_for_team(sums, args.partials, args.tickets, s, block,
                     [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
-    sweep_channel(args.body, Recalled<Body>{args.body, kept}, s, block, args.constants.template get<A>(channel));
+    sweep_channel(args.body, Recalled<Body, ChannelUnits>{args.body, kept, next}, s, block,
+                  args.constants.template get<A>(channel));
+    kept.next_tile(next.wanted);
   }
 }
 

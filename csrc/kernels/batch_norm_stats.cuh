@@ -19,10 +19,10 @@ struct XFromMemory {
   const T* x;
   bool wide;
 
-  __device__ __forceinline__ void load(Pack<T>& pack, uint32_t unit, Span span) const {
+  __device__ __forceinline__ void load(Pack<T>& pack, uint32_t unit, Span span, uint32_t /*step*/) const {
     load_unit(pack, x + int64_t(unit) * kUnit, span, wide);
   }
-  __device__ __forceinline__ void keep(const Pack<T>&, uint32_t /*step*/) const {}
+  __device__ __forceinline__ void keep(const Pack<T>&, Span, uint32_t /*step*/) const {}
 };
 
 // Moments of the 8 values of one column, over the thread's rows. `source` keeps the thread's units, counted in steps.
@@ -50,14 +50,14 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
         for (int i = 0; i < kLoads; ++i) {
           const uint32_t r = row + i * s.lanes;
           if (r < end) {
-            source.load(packs[i], r * s.columns + thread.column, {0, kUnit});
+            source.load(packs[i], r * s.columns + thread.column, {0, kUnit}, done + i);
           } else {
             packs[i] = packs[0];
           }
         }
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-          if (row + i * s.lanes < end) source.keep(packs[i], done + i);
+          if (row + i * s.lanes < end) source.keep(packs[i], {0, kUnit}, done + i);
         }
         if (step == 0) {
 #pragma unroll
@@ -97,8 +97,8 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
   const Span rest = span_of(whole_units, numel);
   if (rest.end > 0 && thread.column == whole_units % s.columns && row == s.rows - 1 && thread.part == s.parts - 1) {
     Pack<T> pack;
-    source.load(pack, whole_units, rest);
-    source.keep(pack, done);
+    source.load(pack, whole_units, rest, done);
+    source.keep(pack, rest, done);
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
       if (rest.has(k)) total[k].merge({double(to_accumulate(pack.v[k])), 0, 1});
@@ -139,7 +139,7 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
       if (number < block.end) {
         const PlaneUnit at(s, block.channel, number);
         spans[i] = at.span;
-        if (!at.span.empty()) source.load(packs[i], at.unit, at.span);
+        if (!at.span.empty()) source.load(packs[i], at.unit, at.span, step + i);
       }
     }
     // All values are in registers: first their mean, then what is about it. Units are added in A and their sums in
@@ -149,7 +149,7 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
 #pragma unroll
     for (int i = kLoads - 1; i >= 0; --i) {
       if (spans[i].empty()) continue;
-      source.keep(packs[i], step + i);
+      source.keep(packs[i], spans[i], step + i);
       shift = mean_of_owned(packs[i], spans[i]);
       count += spans[i].end - spans[i].begin;
     }

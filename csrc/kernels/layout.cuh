@@ -23,6 +23,12 @@ __device__ __forceinline__ Span span_of(uint32_t unit, int64_t numel) {
   return {0, left < kUnit ? int(left) : kUnit};
 }
 
+// A unit of memory, and the values of it that are asked for: none where there is no such unit.
+struct UnitAt {
+  uint32_t unit;
+  Span span;
+};
+
 // One thread's place in the rows layout: a column that it keeps, and every lanes-th row of its part.
 struct RowsThread {
   uint32_t column, slot;  // of the tensor, of the tile
@@ -36,6 +42,21 @@ struct RowsThread {
     slot = threadIdx.x % s.tile;
     column = tile * s.tile + slot;
     active = lane < s.lanes && column < s.columns;
+  }
+};
+
+// The thread's unit in each of its rows, which are counted in steps.
+struct ColumnUnits {
+  const Rows& s;
+  RowsThread thread;
+  int64_t numel;
+
+  __device__ __forceinline__ UnitAt operator()(uint32_t step) const {
+    const uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane + step * s.lanes;
+    const uint32_t unit = row * s.columns + thread.column;
+    const bool exists = thread.active && row < part_begin(s.rows, thread.part + 1, s.parts) &&
+                        unit < uint32_t((numel + kUnit - 1) / kUnit);
+    return {unit, exists ? span_of(unit, numel) : Span{0, 0}};
   }
 };
 
@@ -53,11 +74,8 @@ struct PlanesBlock {
   }
 };
 
-// A unit of memory and the values of it that belong to the channel: none if the plane touches fewer units.
-struct PlaneUnit {
-  uint32_t unit;
-  Span span;
-
+// A unit of a plane, and the values of it that belong to the channel: none if the plane touches fewer units.
+struct PlaneUnit : UnitAt {
   __device__ __forceinline__ PlaneUnit(const Planes& s, uint32_t channel, uint32_t number) {
     const uint32_t plane = uint32_t(divide(number, s.by_units));
     const uint64_t first_value = (uint64_t(plane) * s.channels + channel) * s.inner;
@@ -65,6 +83,17 @@ struct PlaneUnit {
     const int64_t begin = int64_t(first_value) - int64_t(unit) * kUnit;
     const int64_t end = begin + int64_t(s.inner);
     span = {begin > 0 ? int(begin) : 0, end < kUnit ? int(end) : kUnit};
+  }
+};
+
+// The thread's units of a channel, counted in steps.
+struct ChannelUnits {
+  const Planes& s;
+  PlanesBlock block;
+
+  __device__ __forceinline__ UnitAt operator()(uint32_t step) const {
+    const uint32_t number = block.begin + threadIdx.x + step * blockDim.x;
+    return number < block.end ? PlaneUnit(s, block.channel, number) : UnitAt{0, {0, 0}};
   }
 };
 

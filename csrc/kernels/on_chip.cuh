@@ -1,64 +1,125 @@
-// What a thread keeps in shared memory from one pass over its units to the next.
+// What a thread keeps in shared memory from one pass over its units to the next, and what is on its way there.
 #pragma once
-#include "kernels/pack.cuh"
+#include "kernels/layout.cuh"
 
 namespace bnfused {
 
-// The first `steps` units of the thread, `tensors` packs of each. A thread finds there what it has put there itself, so
-// that nobody waits for it; neighbours lie side by side, 16 bytes each.
+// The first `steps` units of the thread, `tensors` packs of each, in slots of its own: it finds there what it has put
+// or fetched there itself, so that nobody waits for it. Neighbours lie side by side, 16 bytes each.
+//
+// Whole units of the next tile are fetched into slots as those come free, without waiting. Slots of the first `ahead`
+// steps come in pairs that take turns: theirs are fetched while the sums of this tile are exchanged, the others while
+// it is finished, each as soon as the unit in its slot has been used.
 template <class T>
 class OnChip {
  public:
-  __device__ __forceinline__ OnChip(uint4* shared, uint32_t steps, uint32_t tensors)
-      : own_(shared + threadIdx.x), steps_(steps), tensors_(tensors) {}
+  __device__ __forceinline__ OnChip(uint4* shared, const Residency& r, uint32_t tensors)
+      : own_(shared + threadIdx.x), steps_(r.steps), ahead_(r.ahead), tensors_(tensors) {}
 
   __device__ __forceinline__ bool has(uint32_t step) const { return step < steps_; }
+  // Whether the unit was fetched while the tile before was finished.
+  __device__ __forceinline__ bool has_fetched(uint32_t step, Span span) const {
+    return fetched_ && has(step) && span.whole();
+  }
+  __device__ __forceinline__ uint32_t ahead() const { return ahead_; }
 
   __device__ __forceinline__ void put(uint32_t step, uint32_t tensor, const Pack<T>& pack) const {
     uint4 words[kWords];
     memcpy(words, &pack, sizeof(pack));
+    uint4* const slot = slot_of(step, turn_, tensor);
 #pragma unroll
-    for (unsigned i = 0; i < kWords; ++i) own_[place(step, tensor) + i * blockDim.x] = words[i];
+    for (unsigned i = 0; i < kWords; ++i) slot[i * blockDim.x] = words[i];
   }
 
   __device__ __forceinline__ void get(uint32_t step, uint32_t tensor, Pack<T>& pack) const {
     uint4 words[kWords];
+    const uint4* const slot = slot_of(step, turn_, tensor);
 #pragma unroll
-    for (unsigned i = 0; i < kWords; ++i) words[i] = own_[place(step, tensor) + i * blockDim.x];
+    for (unsigned i = 0; i < kWords; ++i) words[i] = slot[i * blockDim.x];
     memcpy(&pack, words, sizeof(pack));
+  }
+
+  // A unit of the next tile.
+  __device__ __forceinline__ void fetch(uint32_t step, uint32_t tensor, const T* unit) const {
+    uint4* const slot = slot_of(step, !turn_, tensor);
+#pragma unroll
+    for (unsigned i = 0; i < kWords; ++i) {
+      cp_async_16<(kWords > 1)>(slot + i * blockDim.x, reinterpret_cast<const uint4*>(unit) + i);
+    }
+  }
+
+  // `fetched`: what there is room for has been.
+  __device__ __forceinline__ void next_tile(bool fetched) {
+    turn_ = !turn_;
+    fetched_ = fetched;
+    if (fetched) cp_async_commit();
+  }
+  // Until what was fetched is there.
+  __device__ __forceinline__ void await() const {
+    if (fetched_) cp_async_wait<0>();
   }
 
  private:
   static constexpr unsigned kWords = sizeof(Pack<T>) / sizeof(uint4);
 
-  __device__ __forceinline__ uint32_t place(uint32_t step, uint32_t tensor) const {
-    return (step * tensors_ + tensor) * kWords * blockDim.x;
+  __device__ __forceinline__ uint4* slot_of(uint32_t step, bool turn, uint32_t tensor) const {
+    const uint32_t slot = turn && step < ahead_ ? steps_ + step : step;
+    return own_ + (slot * tensors_ + tensor) * kWords * blockDim.x;
   }
 
   uint4* own_;
-  uint32_t steps_, tensors_;
+  uint32_t steps_, ahead_, tensors_;
+  bool turn_ = false, fetched_ = false;
 };
 
-// The tensors as the first pass reads them: from memory, to be kept.
+// The tensors as the first pass reads them: from memory, to be kept, but for what was fetched.
 template <class Body>
 struct ToKeep {
   const Body& body;
   const OnChip<typename Body::Value>& kept;
 
-  __device__ __forceinline__ void load(typename Body::Loaded& loaded, uint32_t unit, Span span,
-                                       uint32_t /*step*/) const {
-    body.load(loaded, unit, span);
+  __device__ __forceinline__ void load(typename Body::Loaded& loaded, uint32_t unit, Span span, uint32_t step) const {
+    if (kept.has_fetched(step, span)) {
+      body.receive(loaded, kept, step, unit);
+    } else {
+      body.load(loaded, unit, span);
+    }
   }
-  __device__ __forceinline__ void keep(const typename Body::Loaded& loaded, uint32_t step) const {
-    if (kept.has(step)) body.keep(loaded, kept, step);
+  __device__ __forceinline__ void keep(const typename Body::Loaded& loaded, Span span, uint32_t step) const {
+    if (kept.has(step)) body.keep(loaded, kept, step, kept.has_fetched(step, span));
+  }
+};
+
+// Fetches the thread's units of the next tile.
+template <class Body, class Units>
+struct Fetch {
+  const Body& body;
+  const OnChip<typename Body::Value>& kept;
+  Units unit_of;  // by its step
+  bool wanted;    // there is a next tile, and the device and the addresses let it be fetched
+
+  // Into slots that are free while this tile is kept.
+  __device__ __forceinline__ void ahead() const {
+    for (uint32_t step = 0; wanted && step < kept.ahead(); ++step) fetch(step);
+  }
+  // Into the slot of a unit of this tile that is not needed any more.
+  __device__ __forceinline__ void in_place_of(uint32_t step) const {
+    if (wanted && step >= kept.ahead() && kept.has(step)) fetch(step);
+  }
+
+ private:
+  __device__ __forceinline__ void fetch(uint32_t step) const {
+    const UnitAt at = unit_of(step);
+    if (at.span.whole()) body.fetch(kept, step, at.unit);
   }
 };
 
 // As the second does: from where they were kept, or from memory again.
-template <class Body>
+template <class Body, class Units>
 struct Recalled {
   const Body& body;
   const OnChip<typename Body::Value>& kept;
+  const Fetch<Body, Units>& next;
 
   __device__ __forceinline__ void load(typename Body::Loaded& loaded, uint32_t unit, Span span, uint32_t step) const {
     if (kept.has(step)) {
@@ -67,6 +128,7 @@ struct Recalled {
       body.load(loaded, unit, span);
     }
   }
+  __device__ __forceinline__ void used(uint32_t step) const { next.in_place_of(step); }
 };
 
 }  // namespace bnfused

@@ -128,26 +128,28 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
-// Copies of 16 bytes from global to shared memory that the thread does not wait for. They form groups, which end in
-// order: cp_async_wait<n> waits until at most the last n groups of this thread are under way. Before sm_80 they happen
-// at once.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+// Whether the device has copies from global to shared memory that the thread does not wait for, which are below.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasCopiesAsync = false;
 #else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+constexpr bool kHasCopiesAsync = true;
 #endif
+
+// A copy of 16 bytes. Copies form groups, which end in order: cp_async_wait<n> waits until at most the last n groups of
+// this thread are under way. `kThroughL1`: the thread copies the other half of the 32 bytes as well, which past the L1
+// cache the L2 cache would be asked for twice.
+template <bool kThroughL1>
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+  if constexpr (kThroughL1) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+  }
 }
-__device__ __forceinline__ void cp_async_commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroupsLeft>
 __device__ __forceinline__ void cp_async_wait() {
-#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
-#endif
 }
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)

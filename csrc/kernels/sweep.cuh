@@ -22,7 +22,8 @@ struct FromMemory {
                                        uint32_t /*step*/) const {
     body.load(loaded, unit, span);
   }
-  __device__ __forceinline__ void keep(const typename Body::Loaded&, uint32_t /*step*/) const {}
+  __device__ __forceinline__ void keep(const typename Body::Loaded&, Span, uint32_t /*step*/) const {}
+  __device__ __forceinline__ void used(uint32_t /*step*/) const {}
 };
 
 // Rows of a column.
@@ -51,6 +52,7 @@ __device__ __forceinline__ void sweep_column(const Body& body, const Source& sou
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       if (has[i]) body.store(loaded[i], unit[i], span_of(unit[i], numel), constants_of);
+      if (done + i < rows) source.used(rows - 1 - done - i);
     }
   }
 }
@@ -172,8 +174,10 @@ __device__ __forceinline__ void sweep_channel(const Body& body, const Source& so
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       if (i >= left) continue;
-      const PlaneUnit at(s, block.channel, begin + uint32_t(left - 1 - i) * blockDim.x);
+      const uint32_t step = uint32_t(left - 1 - i);
+      const PlaneUnit at(s, block.channel, begin + step * blockDim.x);
       if (!at.span.empty()) body.store(loaded[i], at.unit, at.span, constants_of);
+      source.used(step);
     }
   }
 }

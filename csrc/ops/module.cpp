@@ -75,6 +75,7 @@ py::list describe_launches(const Plan& plan) {
     shape["blocks"] = r.blocks(planes ? plan.planes.parts : plan.reduce_rows.parts);
     shape["teams"] = r.teams;
     shape["steps"] = r.steps;
+    shape["ahead"] = r.ahead;
     shape["shared_bytes"] = r.keeps_bytes + (planes ? 0 : detail::table_bytes(plan.reduce_rows));
     add(name_of(plan.strategy), shape);
   }

@@ -41,9 +41,9 @@ constexpr size_t kRedZoneBytes = 128;
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kSanitizedStackBytes = 256 * 1024;  // sanitizers make frames larger
 constexpr size_t kPage = 4096;
-constexpr uint64_t kMaxSpins = 1'000'000;    // before it is a livelock
-constexpr unsigned kMaxPolls = 1'000;        // of one thread before others have to run
-constexpr unsigned kMaxCopiesInFlight = 64;  // of one thread
+constexpr uint64_t kMaxSpins = 1'000'000;  // before it is a livelock
+constexpr unsigned kMaxPolls = 1'000;      // of one thread before others have to run
+constexpr size_t kCopyBytes = 16;          // of a cp.async
 constexpr unsigned char kPoison = 0xff;
 
 struct Block;
@@ -89,7 +89,7 @@ struct Thread {
   LaneValue value{}, result{};
   int argument = 0, width = 0;
 
-  std::array<Copy, kMaxCopiesInFlight> copies;
+  std::vector<Copy> copies;
   unsigned copies_in_flight = 0, groups_committed = 0;
 
   // ThreadSanitizer's picture of fences: what this thread had done at its last one, the atomics since the last.
@@ -623,8 +623,11 @@ void start(Block& block, unsigned number) {
   asan_allow(block.arena, machine.config.shared_bytes);
   for (const SharedPlace& place : machine.shared_places) asan_allow(block.arena + place.offset, place.bytes);
   for (Warp& warp : block.warps) warp = Warp{};
+  // Shared memory full of them, each thread with its share.
+  const size_t most_copies = std::max<size_t>(64, machine.config.shared_bytes / kCopyBytes / block.size());
   for (unsigned i = 0; i < block.size(); ++i) {
     Thread& t = block.threads[i];
+    t.copies.resize(most_copies);
     t.index = i;
     t.lane = i % kWarpLanes;
     t.block = &block;
@@ -1076,6 +1079,7 @@ void copy_async(void* shared, const void* global, size_t bytes, Location at) {
   if (copies_happen_at_once()) return perform(copy);
   if (t.copies_in_flight == t.copies.size()) fail("more than %zu copies of a thread in flight", t.copies.size());
   t.copies[t.copies_in_flight++] = copy;
+  poison(static_cast<char*>(shared), bytes);  // what is there until the copy has ended is not to be read
 }
 
 void commit_copies() { ++current->groups_committed; }

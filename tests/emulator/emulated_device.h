@@ -297,7 +297,11 @@ T shuffle_xor(T v, int lanes, BNFUSED_AT) {
   return __shfl_xor_sync(~0u, v, lanes, 32, at);
 }
 
-inline void cp_async_16(void* shared, const void* global, BNFUSED_AT) { emulator::copy_async(shared, global, 16, at); }
+constexpr bool kHasCopiesAsync = true;
+template <bool kThroughL1>
+void cp_async_16(void* shared, const void* global, BNFUSED_AT) {
+  emulator::copy_async(shared, global, 16, at);
+}
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int kGroupsLeft>
 void cp_async_wait(BNFUSED_AT) {

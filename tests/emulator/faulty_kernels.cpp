@@ -37,6 +37,7 @@ enum class Fault {
   kNoClusterSync,
   kEarlyClusterExit,
   kNoCopyWait,
+  kReadInFlight,
   kNoMbarrierWait,
   kMbarrierNotInitialised,
 };
@@ -139,7 +140,7 @@ __global__ void double_async(const float* x, float* y, int tiles) {
   BNFUSED_DYNAMIC_SHARED(float, buffers);
   constexpr int kTile = kThreads * 4;
   const auto fetch = [&](int t) {
-    cp_async_16(buffers + t % 2 * kTile + threadIdx.x * 4, x + t * kTile + threadIdx.x * 4);
+    cp_async_16<false>(buffers + t % 2 * kTile + threadIdx.x * 4, x + t * kTile + threadIdx.x * 4);
     cp_async_commit();
   };
   fetch(0);
@@ -153,6 +154,23 @@ __global__ void double_async(const float* x, float* y, int tiles) {
     __syncthreads();
     for (int i = threadIdx.x; i < kTile; i += kThreads) store_global(y + t * kTile + i, 2 * buffers[t % 2 * kTile + i]);
     __syncthreads();
+  }
+}
+
+// Likewise, each tile copied twice into one buffer: what is there already must not be read during the second copy.
+template <Fault F>
+__global__ void double_copied_again(const float* x, float* y, int tiles) {
+  BNFUSED_DYNAMIC_SHARED(float, buffer);
+  float* const own = buffer + threadIdx.x * 4;
+  for (int t = 0; t < tiles; ++t) {
+    const int at = (t * kThreads + threadIdx.x) * 4;
+    for (int copy = 0; copy < 2; ++copy) {
+      cp_async_16<false>(own, x + at);
+      cp_async_commit();
+      if (copy == 0 || F != Fault::kReadInFlight) cp_async_wait<0>();
+    }
+    for (int i = 0; i < 4; ++i) store_global(y + at + i, 2 * own[i]);
+    if (F == Fault::kReadInFlight) cp_async_wait<0>();
   }
 }
 
@@ -436,6 +454,8 @@ const Case kCases[] = {
     {"cluster_early_exit", run_sum_in_cluster<Fault::kEarlyClusterExit>},
     {"async", [] { return run_staged(double_async<Fault::kNone>); }},
     {"async_no_wait", [] { return run_staged(double_async<Fault::kNoCopyWait>); }},
+    {"async_again", [] { return run_staged(double_copied_again<Fault::kNone>); }},
+    {"async_read_in_flight", [] { return run_staged(double_copied_again<Fault::kReadInFlight>); }},
     {"bulk", [] { return run_staged(double_bulk<Fault::kNone>); }},
     {"bulk_no_wait", [] { return run_staged(double_bulk<Fault::kNoMbarrierWait>); }},
     {"bulk_not_initialised", [] { return run_staged(double_bulk<Fault::kMbarrierNotInitialised>); }},
