@@ -13,6 +13,12 @@ __device__ __forceinline__ uint64_t divide(uint64_t n, const Divisor& by) {
   return quotient + (n - quotient * by.value >= by.value);
 }
 
+// In 32 bits, for a divisor that fits them.
+__device__ __forceinline__ uint32_t divide(uint32_t n, const Divisor& by) {
+  const uint32_t quotient = uint32_t(__umul64hi(n, by.multiplier)), value = uint32_t(by.value);
+  return quotient + (n - quotient * value >= value);
+}
+
 __device__ __forceinline__ uint32_t part_begin(uint32_t total, uint32_t part, uint32_t parts) {
   return uint32_t(uint64_t(total) * part / parts);
 }
@@ -77,7 +83,7 @@ struct PlanesBlock {
 // A unit of a plane, and the values of it that belong to the channel: none if the plane touches fewer units.
 struct PlaneUnit : UnitAt {
   __device__ __forceinline__ PlaneUnit(const Planes& s, uint32_t channel, uint32_t number) {
-    const uint32_t plane = uint32_t(divide(number, s.by_units));
+    const uint32_t plane = divide(number, s.by_units);
     const uint64_t first_value = (uint64_t(plane) * s.channels + channel) * s.inner;
     unit = uint32_t(first_value / kUnit) + (number - plane * s.units_per_plane);
     const int64_t begin = int64_t(first_value) - int64_t(unit) * kUnit;
