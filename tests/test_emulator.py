@@ -18,7 +18,7 @@ from emulator.build import HERE, build
 
 SCHEDULES = {"forward", "reverse", "random1", "random2", "random3", "random4"}
 SOURCE = (HERE / "faulty_kernels.cpp").read_text()
-RIGHT = ["sum", "reverse", "reverse_in_warp", "grid", "cluster", "async", "async_again", "bulk", "chain"]
+RIGHT = ["sum", "reverse", "reverse_in_warp", "grid", "cluster", "async", "async_again", "chain"]
 RIGHT += ["collectives", "copy"]
 
 EVERYWHERE = len(SCHEDULES)
@@ -48,8 +48,6 @@ FAULTS = {
         r"divergent __syncthreads: thread \d+ of block \d is at <line> while others wait at <line>",
     ),
     "cluster_early_exit": (4, r"map_shared_rank at <line>: the block of rank \d has exited"),
-    "bulk_no_wait": (3, r"mbarrier at <line>: more arrivals|ended with bulk copies in flight|wrong"),
-    "bulk_not_initialised": (EVERYWHERE, r"mbarrier at <line>: nobody has initialised it"),
     "grid_too_large": (EVERYWHERE, r"cooperative launch of 257 blocks on 4 SMs with 64 each"),
     "chain_not_resident": (2, r"livelock: thread 0 of block \d spins and nothing moves"),
     "wait_for_each_other": (EVERYWHERE, r"livelock: .* 2 threads can run; 62 threads have exited"),
@@ -69,7 +67,6 @@ RACES = [
     "reverse_in_warp_no_syncwarp",
     "grid_no_sync",
     "cluster_no_sync",
-    "bulk_no_wait",
 ]
 # Faults that AddressSanitizer or UndefinedBehaviorSanitizer stops at the very line of.
 STRAY_ACCESSES = {"sum_plain_read_past_end": "use-after-poison", "sum_shared_overrun": "index 2 out of bounds"}
@@ -134,7 +131,7 @@ def test_stray_accesses_are_found(kernel: str):
     assert re.search(r"faulty_kernels\.cpp:\d+", result.stderr)
 
 
-@pytest.mark.parametrize("kernel", ["sum", "reverse", "reverse_in_warp", "grid", "cluster", "async", "bulk", "chain"])
+@pytest.mark.parametrize("kernel", ["sum", "reverse", "reverse_in_warp", "grid", "cluster", "async", "chain"])
 def test_every_barrier_can_be_dropped(kernel: str):
     """Mutation: with any one barrier, fence or wait dropped, a schedule or ThreadSanitizer notices; with none, neither.
 

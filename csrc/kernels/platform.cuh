@@ -152,35 +152,6 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
-// A barrier in shared memory that also waits for bytes. A phase ends when `count` threads have arrived and all bytes
-// that they expect are there; phases alternate between parity 0 and 1.
-using Mbarrier = uint64_t;
-__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, unsigned count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive_expecting(Mbarrier* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
-  unsigned ended = 0;
-  while (!ended) {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(ended)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-  }
-}
-// A copy that one thread starts for all; addresses and size are multiples of 16, and `barrier` gets the bytes.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, Mbarrier* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
-#endif
-
 }  // namespace bnfused
 
 #else

@@ -69,8 +69,7 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
-  unsigned group;     // of cp.async
-  uint64_t* barrier;  // of a bulk copy
+  unsigned group;  // of cp.async
 };
 
 struct Thread {
@@ -145,7 +144,6 @@ struct Machine {
   Block* current = nullptr;
   bool rotate = false;  // the current thread spins: let another block run
   Barrier grid_barrier;
-  std::vector<Copy> bulk_copies;
   std::vector<SharedPlace> shared_places;
   size_t arena_end = 0;  // of the last object's red zone
   uint64_t random = 1, switches = 0;
@@ -489,50 +487,7 @@ bool complete(Warp& warp, unsigned mask, const Thread* last) {
 
 // --------------------------------------------------------------------------------- asynchronous copies
 
-// An mbarrier is one word: phase (1 bit), count (20), arrivals still missing (20), bytes still missing (23, signed).
-struct MbarrierState {
-  uint64_t phase, count, missing;
-  int64_t bytes;
-
-  static MbarrierState of(uint64_t word) {
-    return {word >> 63, word >> 43 & 0xfffff, word >> 23 & 0xfffff, static_cast<int64_t>(word << 41) >> 41};
-  }
-  uint64_t word() const {
-    return phase << 63 | count << 43 | missing << 23 | (static_cast<uint64_t>(bytes) & 0x7fffff);
-  }
-};
-
-void update_mbarrier(uint64_t* barrier, unsigned arrivals, int64_t bytes) {
-  MbarrierState state = MbarrierState::of(*barrier);
-  state.missing -= arrivals;
-  state.bytes += bytes;
-  if (!state.missing && !state.bytes) {
-    state.phase ^= 1;
-    state.missing = state.count;
-  }
-  *barrier = state.word();
-}
-
-void fail_if_not_initialised(const uint64_t* barrier, Location at) {
-  if (*barrier == ~uint64_t{0}) fail("mbarrier at %s: nobody has initialised it", Place(at).text);
-}
-
-void perform(const Copy& copy) {
-  std::memcpy(copy.to, copy.from, copy.bytes);
-  if (!copy.barrier) return;
-  update_mbarrier(copy.barrier, 0, -static_cast<int64_t>(copy.bytes));
-  tsan_release(copy.barrier);
-}
-
-bool perform_a_bulk_copy() {
-  auto& copies = machine.bulk_copies;
-  if (copies.empty()) return false;
-  std::swap(copies[draw() % copies.size()], copies.back());
-  const Copy copy = copies.back();
-  copies.pop_back();
-  perform(copy);
-  return true;
-}
+void perform(const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
 
 bool copies_happen_at_once() { return options.order == Order::kRandom ? draw() % 2 == 0 : options.early_copies; }
 
@@ -777,9 +732,7 @@ void reset_machine(const LaunchConfig& config, void (*body)(void*), void* argume
   machine.current = nullptr;
   machine.rotate = false;
   machine.grid_barrier = Barrier{};
-  constexpr size_t kMaxObjects = 1024, kMaxBulkCopies = 4096;
-  machine.bulk_copies.clear();
-  machine.bulk_copies.reserve(kMaxBulkCopies);
+  constexpr size_t kMaxObjects = 1024;
   machine.shared_places.assign(kMaxObjects, SharedPlace{});
   machine.shared_places.resize(static_cast<size_t>(shared_objects));
   machine.arena_end = config.shared_bytes + kRedZoneBytes;
@@ -815,7 +768,7 @@ void run_all_blocks(const std::vector<unsigned>& first_blocks, size_t resident_c
       if (!failed()) retire_ended_clusters();
     } else if (machine.live.empty()) {
       return;
-    } else if (!perform_a_bulk_copy()) {
+    } else {
       std::snprintf(machine.failure.data(), machine.failure.size(), "deadlock: %s", where_threads_are().c_str());
     }
   }
@@ -888,7 +841,6 @@ cudaError_t run(const LaunchConfig& config, const void* kernel, void (*body)(voi
   machine.retired.clear();
 
   last_report = machine.failure.data();
-  if (last_report.empty() && !machine.bulk_copies.empty()) last_report = "the kernel ended with bulk copies in flight";
   if (last_report.empty()) last_report = damage_of_buffers();
   record_launch(kernel);
   if (last_report.empty()) return cudaSuccess;
@@ -1047,7 +999,6 @@ void after_atomic(bool changed) {
 }
 
 void yield() {
-  perform_a_bulk_copy();
   count_spin();
   let_another_block_run();
 }
@@ -1075,7 +1026,7 @@ void copy_async(void* shared, const void* global, size_t bytes, Location at) {
   access_global(global, bytes, false, at);
   if (reinterpret_cast<uintptr_t>(shared) % bytes) fail("misaligned: asynchronous copy at %s", Place(at).text);
   Thread& t = *current;
-  const Copy copy{shared, global, bytes, t.groups_committed, nullptr};
+  const Copy copy{shared, global, bytes, t.groups_committed};
   if (copies_happen_at_once()) return perform(copy);
   if (t.copies_in_flight == t.copies.size()) fail("more than %zu copies of a thread in flight", t.copies.size());
   t.copies[t.copies_in_flight++] = copy;
@@ -1097,34 +1048,6 @@ void wait_for_copies(unsigned groups_left, Location at) {
     }
   }
   t.copies_in_flight = kept;
-}
-
-void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier, Location at) {
-  constexpr size_t kUnit = 16;
-  const auto addresses = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
-  if ((addresses | bytes) % kUnit) fail("misaligned: bulk copy of %zu bytes at %s", bytes, Place(at).text);
-  for (size_t i = 0; i < bytes; i += kUnit) access_global(static_cast<const char*>(global) + i, kUnit, false, at);
-  const Copy copy{shared, global, bytes, 0, barrier};
-  if (copies_happen_at_once()) return perform(copy);
-  if (machine.bulk_copies.size() == machine.bulk_copies.capacity()) fail("too many bulk copies in flight");
-  machine.bulk_copies.push_back(copy);
-}
-
-void mbarrier_init(uint64_t* barrier, unsigned count, Location) { *barrier = MbarrierState{0, count, count, 0}.word(); }
-
-void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Location at) {
-  fail_if_not_initialised(barrier, at);
-  if (!MbarrierState::of(*barrier).missing) fail("mbarrier at %s: more arrivals than it counts", Place(at).text);
-  update_mbarrier(barrier, 0, expected_bytes);
-  update_mbarrier(barrier, 1, 0);
-  tsan_release(barrier);
-}
-
-void mbarrier_wait(uint64_t* barrier, unsigned parity, Location at) {
-  if (dropped(at)) return;
-  fail_if_not_initialised(barrier, at);
-  while (MbarrierState::of(*barrier).phase == parity) yield();
-  tsan_acquire(barrier);
 }
 
 }  // namespace bnfused::emulator

@@ -73,10 +73,6 @@ void after_atomic(bool changed);
 void copy_async(void* shared, const void* global, size_t bytes, Location at);
 void commit_copies();
 void wait_for_copies(unsigned groups_left, Location at);
-void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier, Location at);
-void mbarrier_init(uint64_t* barrier, unsigned count, Location at);
-void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Location at);
-void mbarrier_wait(uint64_t* barrier, unsigned parity, Location at);
 
 template <class T>
 T warp(WarpOp op, unsigned mask, T value, int argument, int width, Location at) {
@@ -306,20 +302,6 @@ inline void cp_async_commit() { emulator::commit_copies(); }
 template <int kGroupsLeft>
 void cp_async_wait(BNFUSED_AT) {
   emulator::wait_for_copies(kGroupsLeft, at);
-}
-
-using Mbarrier = uint64_t;
-inline void mbarrier_init(Mbarrier* barrier, unsigned count, BNFUSED_AT) {
-  emulator::mbarrier_init(barrier, count, at);
-}
-inline void mbarrier_arrive_expecting(Mbarrier* barrier, unsigned bytes, BNFUSED_AT) {
-  emulator::mbarrier_arrive(barrier, bytes, at);
-}
-inline void mbarrier_wait(Mbarrier* barrier, unsigned parity, BNFUSED_AT) {
-  emulator::mbarrier_wait(barrier, parity, at);
-}
-inline void copy_bulk(void* shared, const void* global, unsigned bytes, Mbarrier* barrier, BNFUSED_AT) {
-  emulator::copy_bulk(shared, global, bytes, barrier, at);
 }
 
 }  // namespace bnfused

@@ -38,8 +38,6 @@ enum class Fault {
   kEarlyClusterExit,
   kNoCopyWait,
   kReadInFlight,
-  kNoMbarrierWait,
-  kMbarrierNotInitialised,
 };
 
 constexpr int kThreads = 64;
@@ -171,30 +169,6 @@ __global__ void double_copied_again(const float* x, float* y, int tiles) {
     }
     for (int i = 0; i < 4; ++i) store_global(y + at + i, 2 * own[i]);
     if (F == Fault::kReadInFlight) cp_async_wait<0>();
-  }
-}
-
-template <Fault F>
-__global__ void double_bulk(const float* x, float* y, int tiles) {
-  BNFUSED_DYNAMIC_SHARED(float, buffers);
-  BNFUSED_SHARED(Mbarrier, arrived, [2]);
-  constexpr int kTile = kThreads * 4;
-  if (threadIdx.x == 0 && F != Fault::kMbarrierNotInitialised) {
-    mbarrier_init(&arrived[0], 1);
-    mbarrier_init(&arrived[1], 1);
-  }
-  __syncthreads();
-  const auto fetch = [&](int t) {
-    if (threadIdx.x != 0) return;
-    mbarrier_arrive_expecting(&arrived[t % 2], kTile * sizeof(float));
-    copy_bulk(buffers + t % 2 * kTile, x + t * kTile, kTile * sizeof(float), &arrived[t % 2]);
-  };
-  fetch(0);
-  for (int t = 0; t < tiles; ++t) {
-    if (t + 1 < tiles) fetch(t + 1);
-    if (F != Fault::kNoMbarrierWait) mbarrier_wait(&arrived[t % 2], t / 2 % 2);
-    for (int i = threadIdx.x; i < kTile; i += kThreads) store_global(y + t * kTile + i, 2 * buffers[t % 2 * kTile + i]);
-    __syncthreads();
   }
 }
 
@@ -456,9 +430,6 @@ const Case kCases[] = {
     {"async_no_wait", [] { return run_staged(double_async<Fault::kNoCopyWait>); }},
     {"async_again", [] { return run_staged(double_copied_again<Fault::kNone>); }},
     {"async_read_in_flight", [] { return run_staged(double_copied_again<Fault::kReadInFlight>); }},
-    {"bulk", [] { return run_staged(double_bulk<Fault::kNone>); }},
-    {"bulk_no_wait", [] { return run_staged(double_bulk<Fault::kNoMbarrierWait>); }},
-    {"bulk_not_initialised", [] { return run_staged(double_bulk<Fault::kMbarrierNotInitialised>); }},
     {"chain", [] { return run_chain(true); }},
     {"chain_not_resident", [] { return run_chain(false); }},
     {"wait_for_each_other", run_wait_for_each_other},
