@@ -6,6 +6,7 @@ which threads and blocks run, that every barrier and fence is needed, and that e
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -224,7 +225,7 @@ KIB_OF_SHARED = (20, 40, 60, 228)
 
 @pytest.mark.parametrize("activation, residual", [(RELU, False), (RELU, True), (SILU, True)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(24, 16, 8, 16), (3, 5, 40, 56), (2, 160, 12, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(24, 16, 8, 16), (3, 5, 40, 56), (2, 168, 12, 16)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_kept_is_what_was_predicted(layout, shape, dtype, activation, residual):
     """The bytes that cross to and from memory are the plan's, whether all, a part or nothing stays on chip.
@@ -278,29 +279,49 @@ def test_every_strategy_agrees_with_the_oracle(backend, strategy, layout, channe
 
 @pytest.mark.parametrize("backend", ["emulated"], indirect=True)
 @pytest.mark.parametrize("fused", FUSIONS, ids=["plain", "masked", "residual"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "layout, ahead, dtype",
+    [
+        *((layout, "some", dtype) for layout in ("contiguous", "channels_last") for dtype in CODES),
+        ("contiguous", "all", torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("op", ["train", "backward"])
-def test_the_next_tile_is_fetched_in_time(backend, op, layout, dtype, fused):
-    """Of a team's next tile, some steps into room of their own and some into that of this one; the rest is loaded.
+def test_the_next_tile_is_fetched_in_time(backend, op, layout, ahead, dtype, fused):
+    """Of a team's next tile, some steps, or all, into room of their own, the others into that of this one; each once.
 
     Traps: a slot that is overwritten before it was used, or read before the copy has ended; one that belongs to another
-    turn; a unit at the edge of a plane, of the tensor or of the last tile that was never fetched; grad_y without the
+    turn; a unit at the edge of a plane that was never fetched; one beside the last tile that was; grad_y without the
     mask.
     """
-    n, c, h, w = shape = (3, 3, 45, 51) if layout == "contiguous" else (4, 40, 10, 25)
+    masked = fused.get("activation") == "relu"
+    whole = masked and op == "train"  # planes of whole units: a byte of the mask is of one channel
+    if layout == "channels_last":
+        shape = (4, 40, 10, 25)
+    elif ahead == "some":
+        shape = (3, 3, 48, 48) if whole else (3, 3, 45, 51)
+    else:
+        shape = (2, 3, 92, 96) if whole else (2, 3, 91, 91)
+    n, c, h, w = shape
     outer, inner = (n, h * w) if layout == "contiguous" else (n * h * w, 1)
     problem = {"outer": outer, "channels": c, "inner": inner, "dtype": CODES[dtype]}
-    device = {"sm_count": 2, "compute_capability": 90}
-    needed = {"residual": fused.get("activation") == "silu"} if op == "backward" else {}
-    for kib in range(20, 229, 4):
+    device = {"sm_count": 2 if ahead == "some" else 1, "compute_capability": 90}
+    needed = {"residual": bool(fused) and not masked} if op == "backward" else {}
+    for kib in range(20, 400, 4):
         plan = _extension.plan(op=op, **problem, **device, **needed, shared_per_sm=1024 * kib, strategy="resident")
         (launch,) = plan["launches"]
-        if 0 < launch["ahead"] < launch["steps"]:
+        if launch["ahead"] > 0 and (launch["ahead"] == launch["steps"]) == (ahead == "all"):
             break
-    assert 0 < launch["ahead"] < launch["steps"] and launch["teams"] < launch.get("tiles", c), launch
-    with emulated.settings(strategy="resident", shared_per_sm=1024 * kib, sm_count=2):
+    else:
+        pytest.fail(f"expected a device on which {ahead} of the next tile has room, found none; the last plan: {plan}")
+    with emulated.settings(strategy="resident", shared_per_sm=1024 * kib, sm_count=device["sm_count"]):
+        emulated.take_launches()
         checks.check_against_oracle(backend.batch_norm, cases.make(shape, dtype=dtype, layout=layout, **fused))
+        kernel = "batch_norm_resident" if op == "train" else "batch_norm_backward_resident"
+        (launch,) = (it for it in emulated.take_launches() if it.kernel.startswith(kernel))
+    read = moved(launch, "read", {"x", "grad_y", "residual"})
+    assert set(read.values()) == {math.prod(shape) * dtype.itemsize}, read
 
 
 def test_blocks_that_wait_have_to_be_there_together():

@@ -34,9 +34,9 @@ OF_ROWS, OF_PLANES = 9 * 128 * 24 + 64 + 1024, 128 * 24 + 64 + 1024
 RULES = (
     Rule("_gather", 2, wide_loads=False, wide_stores=False),
     Rule("_empty", 4, wide_loads=False, wide_stores=False),
-    Rule("_resident_rows", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_ROWS),
-    Rule("_resident_planes<double", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_PLANES),
-    Rule("_resident_planes", 2, wide_loads=True, wide_stores=True, shared_bytes=OF_PLANES),
+    Rule("_resident_rows", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_ROWS, copies=True),
+    Rule("_resident_planes<double", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_PLANES, copies=True),
+    Rule("_resident_planes", 2, wide_loads=True, wide_stores=True, shared_bytes=OF_PLANES, copies=True),
     Rule("_apply_.*<double", 1, wide_loads=True, wide_stores=True),
     Rule("_backward_reduce_rows|<double", 1, wide_loads=True, wide_stores=False),
     Rule("_apply_", 2, wide_loads=True, wide_stores=True),

@@ -48,6 +48,7 @@ class Kernel:
     wide_loads: int
     stores: int
     wide_stores: int
+    copies: int  # from global to shared memory, asynchronous
 
     def blocks_per_sm(self, threads: int) -> int:
         """Blocks of ``threads`` threads that registers and threads leave room for on an SM."""
@@ -69,6 +70,7 @@ class Rule:
     wide_loads: bool
     wide_stores: bool
     shared_bytes: int = 48 * 1024
+    copies: bool = False  # on GPUs that have them
 
 
 def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
@@ -90,6 +92,8 @@ def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
         wrong.append("expected 128-bit loads, got none")
     if rule.wide_stores and not kernel.wide_stores:
         wrong.append("expected 128-bit stores, got none")
+    if rule.copies and not kernel.copies and kernel.arch != "sm_75":
+        wrong.append("expected asynchronous copies, got none")
     return wrong
 
 
@@ -139,6 +143,7 @@ def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str,
                 wide_loads=count("LD", ".128"),
                 stores=count("ST"),
                 wide_stores=count("ST", ".128"),
+                copies=count("LDGSTS"),
             )
         )
     return kernels
