@@ -84,6 +84,11 @@ struct PlanesBlock {
 struct PlaneUnit : UnitAt {
   __device__ __forceinline__ PlaneUnit(const Planes& s, uint32_t channel, uint32_t number) {
     const uint32_t plane = divide(number, s.by_units);
+    if (s.inner % kUnit == 0) {  // as the rest would find out, with 20 instructions more
+      unit = (plane * s.channels + channel) * s.units_per_plane + (number - plane * s.units_per_plane);
+      span = {0, kUnit};
+      return;
+    }
     const uint64_t first_value = (uint64_t(plane) * s.channels + channel) * s.inner;
     unit = uint32_t(first_value / kUnit) + (number - plane * s.units_per_plane);
     const int64_t begin = int64_t(first_value) - int64_t(unit) * kUnit;
