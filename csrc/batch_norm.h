@@ -32,9 +32,9 @@ struct Problem {
   constexpr int64_t numel() const { return outer * channels * inner; }
 };
 
-// Bytes of the ReLU mask: bit i % 8 of byte i / 8 says whether value i passes. With channels innermost all of the
-// tensor is one run of bits; otherwise every plane starts on a byte, so that threads never share one.
-// bnfused/fake.py has the same rule.
+// Bytes of the ReLU mask, which has a bit for each value: with channels innermost all of the tensor is one run of bits,
+// otherwise there are whole bytes for every plane. Which bit is whose is each backend's own. bnfused/fake.py has the
+// same rule.
 constexpr int64_t mask_bytes(const Problem& p) {
   return p.inner == 1 ? (p.numel() + 7) / 8 : p.outer * p.channels * ((p.inner + 7) / 8);
 }

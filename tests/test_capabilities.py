@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SELECTION = (
     "test_values_and_gradients or test_layouts or test_channel_counts or test_spatial_sizes or test_row_counts "
     "or test_activations or test_ties or test_relu_mask or test_16_bit or test_empty or test_outputs_past "
+    "or test_groups "
     "or (test_float32 and not torch) or test_constant or test_nonfinite or test_nan or test_extreme"
 )
 

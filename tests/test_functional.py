@@ -125,6 +125,49 @@ def test_spatial_sizes(backend, spatial, layout, dtype):
     checks.check_against_oracle(backend.batch_norm, p.but(residual=None, activation=None))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("plane", [2, 9, 16, 49, 128, 129])
+def test_spatial_sizes_in_groups(backend, plane, dtype, mode):
+    """Channels whose short planes are computed side by side, in groups of 8, of 24 and of all 72; and planes of one
+    value too many for that."""
+    p = cases.make((9, 72, plane), dtype=dtype, **MODES[mode])
+    checks.check_against_oracle(backend.batch_norm, p)
+    for activation in ("relu", "silu"):
+        checks.check_against_oracle(
+            backend.batch_norm,
+            cases.make((9, 72, plane), dtype=dtype, residual=True, activation=activation, **MODES[mode]),
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(7, 64, 11, 11), (100, 72, 7, 7), (40, 1280, 1, 2)], ids=str)
+def test_groups_on_threads(backend, shape, mode, threads):
+    """The same with groups shared out to threads, and more rows than are summed around one shift."""
+    p = cases.make(shape, residual=True, activation="relu", zero_stats=mode == "train", **MODES[mode])
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 7, 7), (4, 64, 14, 14), (4, 12, 7, 7), (6, 64, 31, 31)], ids=str)
+def test_backward_on_another_number_of_threads(backend, shape):
+    """The mask that a forward leaves means the same to a backward that is cut otherwise."""
+    p = cases.make(shape, residual=True, activation="relu")
+    leaves = [t.detach().requires_grad_() for t in (p.x, p.residual)]
+    before = torch.get_num_threads()
+    grads = []
+    try:
+        for forward, backward in ((1, 1), (1, 3), (3, 1), (2, 7)):
+            torch.set_num_threads(forward)
+            y = backend.batch_norm(leaves[0], None, None, p.weight, p.bias, True, residual=leaves[1], activation="relu")
+            torch.set_num_threads(backward)
+            grads.append(torch.autograd.grad(y, leaves, p.grad_y))
+    finally:
+        torch.set_num_threads(before)
+    for other in grads[1:]:
+        for wanted, actual in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("elements", cases.BLOCK_ELEMENTS)
 def test_plane_sizes_around_blocks(backend, elements, batch):
@@ -173,6 +216,7 @@ EIGHT_MIB = {
     "channels_last, short last row": ((1, 96, 151, 151), "channels_last"),
     "rows of one line": ((140_000, 16), "contiguous"),
     "planes of no whole line": ((8, 20, 119, 111), "contiguous"),
+    "short planes": ((43, 1024, 7, 7), "contiguous"),
 }
 
 
@@ -191,6 +235,9 @@ EIGHT_MIB = {
         ("channels_last, short last row", False, None, "train"),
         ("rows of one line", False, "relu", "train"),
         ("planes of no whole line", True, "relu", "train"),
+        ("short planes", False, None, "train"),
+        ("short planes", True, "relu", "train"),
+        ("short planes", False, "silu", "frozen"),
     ],
 )
 def test_outputs_past_the_caches(where, residual, activation, mode):

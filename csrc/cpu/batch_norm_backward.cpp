@@ -161,6 +161,47 @@ void backward_planes(const BackwardArgs& args) {
   });
 }
 
+template <class T>
+void backward_short_planes(const BackwardArgs& args) {
+  using A = Accumulate<T>;
+  const Problem p = grouped(args.problem);
+  const int64_t inner = args.problem.inner, together = p.inner / inner;
+  const Leaves<T>& leaf = best_leaves<T>();
+  const int kind = int(kind_of(args));
+  const double per_row = 1 / double(args.problem.rows());
+  const bool streaming = streams<T>(p, p.inner, {args.grad_x, args.grad_residual});
+  const auto apply = leaf.grad_apply[int(Layout::kRows)][streaming][kind];
+  const bool writes = args.grad_x || args.grad_residual;
+  const Part whole = part_of(p, 0, 1);
+  at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+    GroupCoefficients<T, GradAffine<A>> coefficients(together, inner);
+    const auto g_sums = scratch<double>(p.inner), products = scratch<double>(p.inner);
+    const auto sums = std::make_unique<Sums[]>(together);
+    const auto args_at = [&](int64_t at, int64_t mask_at, Runs runs) {
+      GradArgs<T> g = grad_args<T>(args, at, mask_at);
+      g.runs = runs;
+      g.coefficients = coefficients.data();
+      g.coefficient_stride = coefficients.stride();
+      return g;
+    };
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * together;
+      for (int64_t c = 0; c < together; ++c) coefficients[c] = recompute<A>(args, first + c);
+      coefficients.spread(leaf, 0, kForwardCoefficients);
+      if (needs_sums(args)) {
+        const GradArgs<T> g = args_at(whole.first(p, group), whole.first_mask(p, group), whole.runs(p));
+        leaf.row_grad_sums[kind](g, g_sums.get(), products.get());
+        leaf.fold(g_sums.get(), products.get(), together, inner, sums.get());
+        for (int64_t c = 0; c < together; ++c) {
+          finish(args, per_row, first + c, {sums[c].first, sums[c].second}, &coefficients[c]);
+        }
+      }
+      coefficients.spread(leaf, kForwardCoefficients, kBackwardCoefficients);
+      if (writes) apply(args_at(whole.last(p, group), whole.last_mask(p, group), whole.reversed(p)));
+    }
+  });
+}
+
 // Sums over one task's rows, for every column.
 template <class T>
 class ColumnSums {
@@ -267,7 +308,11 @@ void batch_norm_backward(const BackwardArgs& args) {
   }
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    is_planes(p) ? backward_planes<T>(args) : backward_rows<T>(args);
+    if (has_short_planes(p)) {
+      backward_short_planes<T>(args);
+    } else {
+      is_planes(p) ? backward_planes<T>(args) : backward_rows<T>(args);
+    }
   });
 }
 

@@ -17,7 +17,9 @@ void batch_norm_stats(const MomentsArgs& args) {
       args.mean[c] = m.mean;
       args.m2[c] = m.m2;
     };
-    if (is_planes(p)) {
+    if (has_short_planes(p)) {
+      for_each_channel_of_groups(p, x, write);
+    } else if (is_planes(p)) {
       for_each_channel_of_planes(p, x, parts_per_channel(p), write);
     } else {
       for_each_channel_of_rows(p, x, write);

@@ -35,12 +35,12 @@ class Finish {
 };
 
 template <class T>
-ApplyArgs<T> apply_args(const TrainArgs& args) {
+ApplyArgs<T> apply_args(const TrainArgs& args, int64_t at, int64_t mask_at) {
   ApplyArgs<T> a{};
-  a.x = static_cast<const T*>(args.x);
-  a.residual = static_cast<const T*>(args.residual);
-  a.y = static_cast<T*>(args.y);
-  a.mask = args.mask;
+  a.x = static_cast<const T*>(args.x) + at;
+  a.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
+  a.y = static_cast<T*>(args.y) + at;
+  a.mask = args.mask ? args.mask + mask_at : nullptr;
   a.store_ahead = store_ahead();
   a.epilogue = args.epilogue;
   return a;
@@ -56,12 +56,7 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
   const T* x = static_cast<const T*>(args.x);
 
   const auto apply_part = [&](int64_t c, const Part& part, const Affine<A>& coefficients, int64_t prefetch) {
-    const int64_t at = part.last(p, c);
-    ApplyArgs<T> a = apply_args<T>(args);
-    a.x += at;
-    a.y += at;
-    if (a.residual) a.residual += at;
-    if (a.mask) a.mask += part.last_mask(p, c);
+    ApplyArgs<T> a = apply_args<T>(args, part.last(p, c), part.last_mask(p, c));
     a.runs = part.reversed(p);
     a.coefficients = &coefficients.mean;
     a.coefficient_stride = 1;
@@ -93,6 +88,32 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
 }
 
 template <class T>
+void train_short_planes(const TrainArgs& args, const Finish& finish) {
+  using A = Accumulate<T>;
+  const Problem p = grouped(args.problem);
+  const int64_t inner = args.problem.inner, together = p.inner / inner;
+  const Leaves<T>& leaf = best_leaves<T>();
+  const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
+  const Part whole = part_of(p, 0, 1);
+  at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+    GroupMoments<T> moments(together, inner);
+    GroupCoefficients<T, Affine<A>> coefficients(together, inner);
+    for (int64_t group = begin; group < end; ++group) {
+      moments.sum(leaf, static_cast<const T*>(args.x) + whole.first(p, group), whole.runs(p));
+      for (int64_t c = 0; c < together; ++c) {
+        coefficients[c] = finish.template channel<A>(group * together + c, moments[c]);
+      }
+      coefficients.spread(leaf, 0, kForwardCoefficients);
+      ApplyArgs<T> a = apply_args<T>(args, whole.last(p, group), whole.last_mask(p, group));
+      a.runs = whole.reversed(p);
+      a.coefficients = coefficients.data();
+      a.coefficient_stride = coefficients.stride();
+      apply(a);
+    }
+  });
+}
+
+template <class T>
 void train_rows(const TrainArgs& args, const Finish& finish) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
@@ -109,11 +130,7 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
   at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       for_rows_backwards(view, tasks.begin(task), tasks.end(task), sizeof(T), [&](Runs runs, int64_t at) {
-        ApplyArgs<T> a = apply_args<T>(args);
-        a.x += at;
-        a.y += at;
-        if (a.residual) a.residual += at;
-        if (a.mask) a.mask += at / 8;
+        ApplyArgs<T> a = apply_args<T>(args, at, at / 8);
         a.runs = runs;
         a.coefficients = coefficients.data();
         a.coefficient_stride = coefficients.stride();
@@ -136,7 +153,11 @@ void batch_norm_train(const TrainArgs& args) {
   const Finish finish(args, momentum);
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    is_planes(p) ? train_planes<T>(args, finish) : train_rows<T>(args, finish);
+    if (has_short_planes(p)) {
+      train_short_planes<T>(args, finish);
+    } else {
+      is_planes(p) ? train_planes<T>(args, finish) : train_rows<T>(args, finish);
+    }
   });
 }
 

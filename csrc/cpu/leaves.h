@@ -95,6 +95,10 @@ struct Leaves {
   // Merges a block's sums, around its shift, into the mean and sum of squared deviations of `before` earlier values.
   void (*merge_columns)(const A* shift, const double* sums, const double* squares, double count, double before,
                         double* mean, double* m2, int64_t columns);
+  // Sums of columns added up to those of channels, each of `inner` columns side by side.
+  void (*fold)(const double* sums, const double* products, int64_t channels, int64_t inner, Sums* of_channel);
+  // The other way: each channel's value, one every `step`, to its columns. Writes up to a vector more.
+  void (*spread)(const A* of_channel, int64_t step, int64_t channels, int64_t inner, A* of_column);
   // Sum of g and of g * (x - mean).
   Sums (*plane_grad_sums[kBackwards])(const GradArgs<T>&);
   void (*row_grad_sums[kBackwards])(const GradArgs<T>&, double* sums, double* products);

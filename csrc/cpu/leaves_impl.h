@@ -356,6 +356,38 @@ void merge_columns(const A* shift, const double* sums, const double* squares, do
   });
 }
 
+BNFUSED_INLINE double sum_of(const double* values, int64_t n) {
+  using V = Vec<double>;
+  const V zero(0.0);
+  V all[2] = {zero, zero};
+  int64_t i = 0;
+  for (; i + 2 * V::kSize <= n; i += 2 * V::kSize) {
+    all[0] = all[0] + load(values + i);
+    all[1] = all[1] + load(values + i + V::kSize);
+  }
+  if (i + V::kSize <= n) {
+    all[0] = all[0] + load(values + i);
+    i += V::kSize;
+  }
+  if (i < n) all[1] = all[1] + load_first(values + i, static_cast<int>(n - i), zero);
+  Wide<double> wide(all[0] + all[1]);
+  return wide.sum();
+}
+
+inline void fold(const double* sums, const double* products, int64_t channels, int64_t inner, Sums* of_channel) {
+  for (int64_t c = 0; c < channels; ++c) {
+    of_channel[c] = {sum_of(sums + c * inner, inner), sum_of(products + c * inner, inner)};
+  }
+}
+
+template <class A>
+void spread(const A* of_channel, int64_t step, int64_t channels, int64_t inner, A* of_column) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vec<A> value(of_channel[c * step]);
+    for (int64_t i = 0; i < inner; i += Vec<A>::kSize) store(of_column + c * inner + i, value);
+  }
+}
+
 // ---- backward
 
 // g = grad_y * act'(z) for the vector at (run, i), and d = x - mean.
@@ -444,6 +476,8 @@ constexpr Leaves<T> make_leaves() {
       row_moments<T>,
       all_trusted<Accumulate<T>>,
       merge_columns<Accumulate<T>>,
+      fold,
+      spread<Accumulate<T>>,
       {plane_grad_sums<T, B::kIdentity>, plane_grad_sums<T, B::kReLU>, plane_grad_sums<T, B::kMaskedReLU>,
        plane_grad_sums<T, B::kOther>},
       {row_grad_sums<T, B::kIdentity>, row_grad_sums<T, B::kReLU>, row_grad_sums<T, B::kMaskedReLU>,

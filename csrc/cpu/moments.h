@@ -101,6 +101,57 @@ Moments slab_moments(const Leaves<T>& leaf, const T* x, Runs runs) {
   return all;
 }
 
+// The moments of each channel of a group (driver.h).
+template <class T>
+class GroupMoments {
+  using A = Accumulate<T>;
+
+ public:
+  GroupMoments(int64_t together, int64_t inner)
+      : together_(together),
+        inner_(inner),
+        means_(new A[together]),
+        shift_(scratch<A>(together * inner)),
+        sums_(scratch<double>(together * inner)),
+        squares_(scratch<double>(together * inner)),
+        of_channel_(new Sums[together]),
+        all_(new Moments[together]) {}
+
+  const Moments& operator[](int64_t channel) const { return all_[channel]; }
+
+  // Over the runs of the group, in place of what was there.
+  void sum(const Leaves<T>& leaf, const T* x, Runs runs) {
+    std::fill_n(all_.get(), together_, Moments());
+    const int64_t rows = std::max<int64_t>(1, kBlockValues / inner_);
+    for (int64_t row = 0; row < runs.count; row += rows) {
+      add_block(leaf, x + row * runs.stride, {std::min(rows, runs.count - row), runs.length, runs.stride, 0});
+    }
+  }
+
+ private:
+  void add_block(const Leaves<T>& leaf, const T* x, Runs runs) {
+    const double count = double(runs.count * inner_);
+    for (int64_t c = 0; c < together_; ++c) means_[c] = static_cast<A>(all_[c].mean);
+    leaf.spread(means_.get(), 1, together_, inner_, shift_.get());
+    leaf.row_moments(x, runs, shift_.get(), sums_.get(), squares_.get());
+    leaf.fold(sums_.get(), squares_.get(), together_, inner_, of_channel_.get());
+    for (int64_t c = 0; c < together_; ++c) {
+      const Sums& sums = of_channel_[c];
+      if (in_range<A>(sums) && trusted(sums, count)) {
+        all_[c].merge(around(means_[c], sums, count));
+      } else {
+        all_[c].merge(block_moments(leaf, x + c * inner_, {runs.count, inner_, runs.stride, 0}, all_[c].mean));
+      }
+    }
+  }
+
+  int64_t together_, inner_;
+  std::unique_ptr<A[]> means_, shift_;
+  std::unique_ptr<double[]> sums_, squares_;
+  std::unique_ptr<Sums[]> of_channel_;
+  std::unique_ptr<Moments[]> all_;
+};
+
 // The moments of every column over one task's rows.
 template <class T>
 class ColumnMoments {
@@ -184,6 +235,22 @@ void for_each_channel_of_planes(const Problem& p, const T* x, int64_t parts, F f
     for (int64_t i = 0; i < parts; ++i) m.merge(moments[c * parts + i]);
     f(c, m);
   }
+}
+
+// The same for short planes, each group by one thread.
+template <class T, class F>
+void for_each_channel_of_groups(const Problem& of_channels, const T* x, F f) {
+  const Problem p = grouped(of_channels);
+  const int64_t together = p.inner / of_channels.inner;
+  const Leaves<T>& leaf = best_leaves<T>();
+  const Part whole = part_of(p, 0, 1);
+  at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+    GroupMoments<T> moments(together, of_channels.inner);
+    for (int64_t group = begin; group < end; ++group) {
+      moments.sum(leaf, x + whole.first(p, group), whole.runs(p));
+      for (int64_t c = 0; c < together; ++c) f(group * together + c, moments[c]);
+    }
+  });
 }
 
 // The same for the rows layout; f is called on several threads, for each channel once.
