@@ -241,7 +241,7 @@ EIGHT_MIB = {
     ],
 )
 def test_outputs_past_the_caches(where, residual, activation, mode):
-    """From 8 MiB on, outputs that start on cache lines are stored past the caches, by loops of their own."""
+    """From 6 MiB on, outputs that start on cache lines are stored past the caches, by loops of their own."""
     shape, layout = EIGHT_MIB[where]
     p = cases.make(shape, layout=layout, residual=residual, activation=activation, **MODES[mode])
     assert p.x.nbytes >= 8 * 2**20
@@ -293,6 +293,25 @@ def test_16_bit(backend, dtype, parameters, mode, layout):
     )
     checks.check_against_oracle(backend.batch_norm, p)
     checks.check_against_oracle(backend.batch_norm, p.but(residual=None, activation=None))
+
+
+@pytest.mark.parametrize("shape", [(4096, 16), (64, 1, 1024), (64, 64, 16)], ids=["rows", "planes", "short planes"])
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+def test_every_16_bit_value(backend, dtype, shape):
+    """Each of the 65536 is widened exactly, and its product with a weight rounded once: ties, denormals, inf and NaN.
+
+    Statistics of mean 0 and invstd 1 leave y = x * weight, rounded to float32 as torch rounds it.
+    """
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(shape)
+    channels = shape[1]
+    per_channel = (1, channels, *[1] * (len(shape) - 2))
+    tie = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
+    for low, high in ((1, 1), (1 + tie, 1 + tie), (0.5, 2), (2.0**-120, 2.0**-119), (2.0**100, 2.0**101)):
+        weight = low + torch.rand(channels) * (high - low)
+        y = backend.batch_norm(x, torch.zeros(channels), torch.ones(channels), weight, eps=1e-300)
+        wanted = (x.float() * weight.view(per_channel)).to(dtype)
+        assert torch.equal(y.isnan(), wanted.isnan())
+        assert torch.equal(y.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("chosen", range(16))
