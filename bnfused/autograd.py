@@ -147,19 +147,35 @@ def _formula(
     training: bool,
     eps: float,
 ) -> Tensor:
-    """y as the reference computes it, from the statistics that were saved, or in training from ``x``.
-
-    Beside ``passes``, which says where ReLU lets a gradient through, only its derivatives are those of y: they need no
-    value of the residual.
-    """
+    """y as the reference computes it, from the statistics that were saved, or in training from ``x``."""
     values = x.to(reference.arithmetic_dtype(x))
     if training:
         mean, var = reference.statistics(values)
         invstd = (var + eps).rsqrt()
+    return transform(values, mean, invstd, weight, bias, residual, passes, activation, activation_param, x.dtype)
+
+
+def transform(
+    values: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    passes: Tensor | None,
+    activation: int,
+    activation_param: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``reference.transform``, to be differentiated.
+
+    Beside ``passes``, which says where ReLU lets a gradient through, only its derivatives are those of y: they need no
+    value of the residual.
+    """
     args = (values, mean, invstd, weight, bias, residual)
     if passes is None:
-        return reference.transform(*args, activation, activation_param, x.dtype)
-    return torch.where(passes, reference.transform(*args, 0, 0.0, x.dtype), 0)
+        return reference.transform(*args, activation, activation_param, dtype)
+    return torch.where(passes, reference.transform(*args, 0, 0.0, dtype), 0)
 
 
 def _passes(

@@ -120,7 +120,7 @@ def batch_norm_apply(
 
     Returns:
         ``y``, as ``input``; ``invstd``, float64 ``(C,)``; ``mask``, what the backward of ReLU with a residual wants to
-        be given.
+        be given, and then needs no residual.
 
     Raises:
         RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
@@ -134,7 +134,8 @@ def batch_norm_apply(
     invstd = (var + eps).rsqrt()
     values = input.to(mean.dtype)
     y = reference.transform(values, mean, invstd, weight, bias, residual, code, param, input.dtype)
-    return y, invstd, input.new_empty(0, dtype=torch.uint8)
+    masked = code == activations.RELU_CODE and residual is not None
+    return y, invstd, (y > 0) | y.isnan() if masked else input.new_empty(0, dtype=torch.uint8)
 
 
 @torch.no_grad()
@@ -160,6 +161,7 @@ def batch_norm_backward_reduce(
         grad_y: shape and dtype of ``input``.
         mean, invstd: float64 ``(C,)``, of the whole batch.
         mask: from ``batch_norm_apply``.
+        residual: as it was in the forward; beside ReLU and its mask it may be left out.
         the others: as they were in the forward.
 
     Returns:
@@ -180,7 +182,7 @@ def batch_norm_backward_reduce(
             (False, True, True, False),
         )
         return sum_grad, sum_grad_xhat
-    g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, code, param)
+    g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, mask, code, param)
     xhat = (input.to(g.dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
     dims = [0, *range(2, input.dim())]
     return g.sum(dims).to(of_sums), (g * xhat).sum(dims).to(of_sums)
@@ -227,7 +229,7 @@ def batch_norm_backward_apply(
             *(grad_y, input, weight, bias, residual, mean, invstd, mask, mean_grad, mean_grad_xhat, code, param),
             output_mask,
         )
-    g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, code, param)
+    g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, mask, code, param)
     xhat = (input.to(g.dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
     grad_x = g - _per_channel(mean_grad, input) - xhat * _per_channel(mean_grad_xhat, input)
     scale = invstd if weight is None else invstd * weight
@@ -272,12 +274,15 @@ def _grad_before_activation(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
     activation: int,
     activation_param: float,
 ) -> Tensor:
     """``g``, the gradient of what the activation gets, in the dtype of ``mean``."""
     if activation == 0:
         return grad_y.to(mean.dtype)
+    if activation == activations.RELU_CODE and mask is not None and mask.numel() > 0:
+        return torch.where(mask, grad_y, 0).to(mean.dtype)
     values = x.to(mean.dtype)
     added = torch.zeros_like(values) if residual is None else residual.to(mean.dtype)
     with torch.enable_grad():

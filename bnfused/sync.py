@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfused import activations, parts, reference
-from bnfused.autograd import differentiable, second_gradients
+from bnfused.autograd import differentiable, second_gradients, transform
 from bnfused.modules import _FusedForward
 
 # torch 2.13 renamed it, and warns of the old name.
@@ -261,9 +261,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
             activation=activation,
             activation_param=activation_param,
         )
-        if activation is None:
-            residual = None  # its gradient is grad_y itself
-        ctx.save_for_backward(x, weight, bias, residual, mean, invstd, count, mask)
+        kept_mask = mask if activation == "relu" and residual is not None else None
+        if activation is None or kept_mask is not None:
+            residual = None  # its gradient is grad_y, or where the mask says so
+        ctx.save_for_backward(x, weight, bias, residual, mean, invstd, count, kept_mask)
         ctx.group, ctx.settings = group, settings
         return y
 
@@ -335,8 +336,8 @@ class _SyncBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        grad_y, x, weight, bias, residual, _, _, count, _, group, settings, needed = args
-        ctx.save_for_backward(grad_y, x, weight, bias, residual, count)
+        *saved, group, settings, needed = args
+        ctx.save_for_backward(*saved)
         ctx.group, ctx.settings, ctx.needed = group, settings, needed
         ctx.set_materialize_grads(False)
         return _backward(*args)
@@ -344,16 +345,37 @@ class _SyncBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
         saved: Any = ctx.saved_tensors
-        create_graph = torch.is_grad_enabled()
+        grad_y, x, weight, bias, residual, mean, invstd, count, mask = saved
         eps, activation, activation_param = ctx.settings
         code, param = activations.resolve(activation, activation_param)
+        passes = _passes(x, mean, invstd, count, mask)
+        if passes is not None:
+            residual = torch.zeros_like(x)  # to differentiate by; its values do not matter
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs: Any = [None if t is None else differentiable(t, create_graph) for t in saved[:5]]
+            inputs: Any = [
+                None if t is None else differentiable(t, create_graph) for t in (grad_y, x, weight, bias, residual)
+            ]
             grad_y, x, weight, bias, residual = inputs
             values = x.to(reference.arithmetic_dtype(x))
-            mean, var = _statistics(values, saved[5], ctx.group)
-            y = reference.transform(values, mean, (var + eps).rsqrt(), weight, bias, residual, code, param, x.dtype)
+            mean, var = _statistics(values, count, ctx.group)
+            args = (values, mean, (var + eps).rsqrt(), weight, bias, residual, passes, code, param, x.dtype)
+            y = transform(*args)
         return (*second_gradients(y, inputs, grad_grads, ctx.needs_input_grad[:5], create_graph), *[None] * 7)
+
+
+def _passes(x: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Where ReLU lets a gradient through, like ``x``; None without a mask, whose order each backend knows."""
+    if mask is None:
+        return None
+    none = torch.zeros_like(mean)
+    _, gradients = parts.batch_norm_backward_apply(
+        *(torch.ones_like(x), x, mean, invstd, none, none, count),
+        mask=mask,
+        activation="relu",
+        output_mask=(False, True),
+    )
+    return gradients != 0
 
 
 class _Sum(torch.autograd.Function):

@@ -198,13 +198,15 @@ def _penalty(p: Problem, weight: Tensor, bias: Tensor, function, order: int) -> 
     for _ in range(order - 1):
         grads = torch.autograd.grad(loss, [x, weight], create_graph=True)
         loss = (grads[0].pow(3) * p.grad_y).sum() + (grads[1].sum() if order == 2 else 0)
-    return list(torch.autograd.grad(loss, [x, weight, bias, residual]))
+    # A penalty on ReLU's gradient is constant in the bias and the residual, by either way of computing it.
+    return list(torch.autograd.grad(loss, [x, weight, bias, residual], materialize_grads=True))
 
 
+@pytest.mark.parametrize("activation", ["silu", "relu"])
 @pytest.mark.parametrize("order", [2, 3])
-def test_derivatives_of_higher_order(four, order):
-    """Through the collectives, an empty rank included; torch's SyncBatchNorm has none."""
-    p = cases.make((6, 3, 4), dtype=torch.float64, residual=True, activation="silu")
+def test_derivatives_of_higher_order(four, order, activation):
+    """Through the collectives, an empty rank included, and from the mask of a ReLU; torch's SyncBatchNorm has none."""
+    p = cases.make((6, 3, 4), dtype=torch.float64, residual=True, activation=activation)
     group, sizes = random.choice(((3, [2, 0, 4]), ("2x2", [2, 0, 3, 1])))
     found = four.run(penalty_grads, [(part, group, order) for part in split(p, sizes, "contiguous")])
     weight, bias = p.weight.clone().requires_grad_(), p.bias.clone().requires_grad_()
@@ -218,6 +220,28 @@ def test_derivatives_of_higher_order(four, order):
         # As many roundings as the first order has, in terms that cancel by a few digits more with each one.
         limits = torch.full_like(expected, 1e-9 * oracle.finite_max(expected))
         checks.assert_within(name, join(list(parts)), expected, limits)
+
+
+def saved_bytes(p: Problem, size: int) -> tuple[int, bool]:
+    """On a rank: what a forward keeps beside x and weight, in bytes; and whether y or the residual is part of it."""
+    saved: list[Tensor] = []
+    bn = module_of(p, ranks.group_of(size))
+    x, residual = p.x.detach().requires_grad_(), p.residual.detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = bn(x, residual, p.activation)
+    theirs = {t.data_ptr() for t in (x, bn.weight, bn.bias)}
+    own = sum(t.nbytes for t in saved if t.data_ptr() not in theirs)
+    return own, any(t.data_ptr() in (y.data_ptr(), residual.data_ptr()) for t in saved)
+
+
+def test_saved_for_backward_is_small(four):
+    """As much as batch norm on one process keeps, and the count: of a ReLU on a residual one bit an element."""
+    p = cases.make((8, 16, 14, 14), residual=True, activation="relu")
+    parts = split(p, [3, 5], "contiguous")
+    for part, (own, y_or_residual) in zip(parts, four.run(saved_bytes, [(q, 2) for q in parts]), strict=True):
+        assert not y_or_residual
+        # A bit an element, padded to bytes in each plane; then mean and invstd of 16 channels, and the count, float64.
+        assert own <= part.x.numel() / 8 + len(part.x) * 16 + 2 * 8 * 16 + 8
 
 
 # ---------------------------------------------------------------------------------------------- faults
