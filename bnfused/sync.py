@@ -6,8 +6,9 @@ They run on any backend of torch.distributed, Gloo with CPU tensors among them.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -299,12 +300,16 @@ def _backward(
     mean: Tensor,
     invstd: Tensor,
     count: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     group: Any,
     settings: tuple[float, str | None, float | None],
     needed: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """The four gradients, of which those that are not needed are None; one collective if that of ``x`` is."""
+    """The four gradients, of which those that are not needed are None; one collective if that of ``x`` is.
+
+    It is under way while the gradients of weight and bias, this process's share, are made. That of the residual could
+    be made meanwhile too, but in a pass of its own over the tensor, which takes longer than most collectives.
+    """
     _, activation, activation_param = settings
     need_x, need_weight, need_bias, need_residual = needed
     forward: Any = {
@@ -316,11 +321,11 @@ def _backward(
         "activation_param": activation_param,
     }
     sum_grad, sum_grad_xhat = parts.batch_norm_backward_reduce(grad_y, x, mean, invstd, **forward)
+    finish = _start_all_reduce(torch.stack([sum_grad, sum_grad_xhat]), group) if need_x else None
     grad_weight = sum_grad_xhat.to(weight.dtype) if need_weight and weight is not None else None
     grad_bias = sum_grad.to(bias.dtype) if need_bias and bias is not None else None
-    if need_x:
-        sums = _all_reduce(torch.stack([sum_grad, sum_grad_xhat]), group)
-        sum_grad, sum_grad_xhat = sums[0], sums[1]
+    if finish is not None:
+        sum_grad, sum_grad_xhat = finish().unbind()
     grad_x = grad_residual = None
     if need_x or need_residual:
         grad_x, grad_residual = parts.batch_norm_backward_apply(
@@ -414,25 +419,46 @@ def _gather_moments(mean: Tensor, m2: Tensor, count: Tensor, group: Any) -> tupl
 def _gather(values: Tensor, group: Any) -> Tensor:
     """``values`` of every rank, ``(world, *)``."""
     gathered = values.new_empty(dist.get_world_size(group) * values.numel())
-    _collective("all_gather", _all_gather, group, gathered, values)
+    with _named("all_gather", values, group):
+        _all_gather(gathered, values, group=group)
     return gathered.view(-1, values.numel())
 
 
 def _all_reduce(values: Tensor, group: Any) -> Tensor:
-    """The sum of ``values`` over all ranks, in place."""
-    for level in _levels(group):
-        _collective("all_reduce", dist.all_reduce, level, values)
-    return values
+    """The sum of ``values``, which it may overwrite, over all ranks."""
+    return _start_all_reduce(values, group)()
 
 
-def _collective(name: str, call: Any, group: Any, *tensors: Tensor) -> None:
-    if torch.compiler.is_compiling():  # becomes a node of the graph
-        call(*tensors, group=group)
-        return
+def _start_all_reduce(values: Tensor, group: Any) -> Callable[[], Tensor]:
+    """Begin ``_all_reduce``; what is returned waits for it, and returns its result."""
+    first, *others = _levels(group)
+    if torch.compiler.is_compiling():  # two nodes of the graph, where dist.all_reduce would become one
+        started = torch.ops._c10d_functional.all_reduce(values, "sum", first.group_name)
+    else:
+        with _named("all_reduce", values, first):
+            work = dist.all_reduce(values, group=first, async_op=True)
+
+    def finish() -> Tensor:
+        if torch.compiler.is_compiling():
+            total = torch.ops._c10d_functional.wait_tensor(started)
+        else:
+            with _named("all_reduce", values, first):
+                work.wait()
+            total = values
+        for level in others:
+            with _named("all_reduce", total, level):
+                dist.all_reduce(total, group=level)
+        return total
+
+    return finish
+
+
+@contextlib.contextmanager
+def _named(name: str, values: Tensor, group: Any) -> Iterator[None]:
+    """Has a collective of ``values`` that fails say which it was, and where."""
     try:
-        call(*tensors, group=group)
+        yield
     except RuntimeError as error:
-        values = tensors[-1]
         raise RuntimeError(
             f"SyncBatchNorm: {name} of {list(values.shape)} {values.dtype} failed on rank {dist.get_rank()}, in a "
             f"group of {dist.get_world_size(group)}: {error}"

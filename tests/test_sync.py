@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import random
 import re
 import time
+import unittest.mock
 from datetime import timedelta
 
 import pytest
@@ -618,3 +620,104 @@ def test_one_collective_each_way_and_nothing_read_on_the_host(four, momentum, ch
         assert len(collectives) == 2, collectives
         assert "gather" in collectives[0]
         assert "reduce" in collectives[1]
+
+
+class Recorded(TorchDispatchMode):
+    """The ops within, by name, and among them where all_reduce begins, and where it is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.log: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.log.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+    def all_reduce(self, *args, **kwargs):
+        work = self._all_reduce(*args, **kwargs)
+        self.log.append("begin")
+        return Waited(work, self.log)
+
+    def __enter__(self):
+        self._all_reduce, dist.all_reduce = dist.all_reduce, self.all_reduce
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        dist.all_reduce = self._all_reduce
+        return super().__exit__(*exception)
+
+
+@dataclasses.dataclass
+class Waited:
+    work: dist.Work
+    log: list[str]
+
+    def wait(self):
+        self.log.append("end")
+        return self.work.wait()
+
+
+def ops_of_backward(p: Problem, size: int) -> list[str]:
+    """On a rank: the ops of an eager backward beside parameters of 16 bits, in their order."""
+    bn = module_of(p, ranks.group_of(size)).to(p.x.dtype)
+    y = bn(p.x.detach().requires_grad_())
+    with Recorded() as recorded:
+        y.backward(p.grad_y)
+    return recorded.log
+
+
+def nodes_of_compiled_backward(p: Problem, size: int) -> list[str]:
+    """The same of a compiled one."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    nodes = []
+
+    def compile_backward(graph, _):
+        for node in graph.graph.nodes:
+            nodes.extend(str(node.target).split(".")[1:2])  # add of aten.add.Tensor
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=compile_backward)
+    bn = module_of(p, ranks.group_of(size)).to(p.x.dtype)
+    torch.compile(bn, fullgraph=True, backend=backend)(p.x.detach().requires_grad_()).backward(p.grad_y)
+    return nodes
+
+
+@pytest.mark.parametrize(
+    "backward, begin, end",
+    [(ops_of_backward, "begin", "end"), (nodes_of_compiled_backward, "all_reduce", "wait_tensor")],
+    ids=["eager", "compiled"],
+)
+def test_the_collective_is_under_way_while_parameters_get_their_gradients(four, backward, begin, end):
+    """It begins once the sums are there, and is waited for by what needs its result, the gradient of x, alone."""
+    p = cases.make((6, 4, 5), dtype=torch.bfloat16)
+    for log in four.run(backward, [(q, 2) for q in split(p, [2, 4], "contiguous")]):
+        order = [log.index(name) for name in ("batch_norm_backward", begin, end, "batch_norm_backward_apply")]
+        assert order == sorted(order), log
+        meanwhile = log[order[1] : order[2]]
+        assert sum(name in ("_to_copy", "convert_element_type") for name in meanwhile) == 2, log
+
+
+@pytest.mark.parametrize("rows", [6, 1], ids=["rows", "one_row"])
+def test_a_step_on_a_gpu_looks_at_no_value(extension, monkeypatch, rows):
+    """On tensors that have none, where whoever asks for one, in whatever way, gets an error: the rules of a CUDA graph.
+
+    Also where a rank has one value per channel, and all of them together may have no more.
+    """
+    monkeypatch.setattr(bnfused.parts, "_has_kernel", lambda x: True)
+    monkeypatch.setattr(bnfused.sync, "_all_gather", lambda gathered, values, group: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda values, group, async_op: unittest.mock.Mock())
+    x, residual = (torch.randn(rows, 3, device="meta", requires_grad=True) for _ in range(2))
+    state = [torch.zeros(3, device="meta"), torch.ones(3, device="meta")]
+    weight, bias = (torch.ones(3, device="meta", requires_grad=True) for _ in range(2))
+    y = bnfused.sync.sync_batch_norm(
+        *(x, *state, weight, bias, None),
+        residual=residual,
+        activation="relu",
+        num_batches_tracked=torch.tensor(0, device="meta"),
+        group="two",
+    )
+    y.backward(torch.ones_like(y))
+    assert all(t.grad.shape == t.shape for t in (x, residual, weight, bias))
