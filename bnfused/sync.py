@@ -161,9 +161,10 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
     The batches of the processes may differ in size and may be empty. Outside training, without a process group, or in a
     group of one it is batch norm on this process alone.
 
-    It has the constructor, the state and the name of ``torch.nn.SyncBatchNorm``, and is a ``_BatchNorm`` to
-    ``isinstance``, but no subclass of ``torch.nn.SyncBatchNorm``: DistributedDataParallel looks for that class and
-    refuses to train it on the CPU. Nothing else in torch asks for it but DDP's log.
+    It has the constructor, the methods, the state and the name of ``torch.nn.SyncBatchNorm``, and is a ``_BatchNorm``
+    to ``isinstance``, but no subclass of ``torch.nn.SyncBatchNorm``: DistributedDataParallel looks for that class and
+    refuses to train it on the CPU, and a class that were one on GPUs only would be another one in the checkpoint.
+    Nothing else in torch asks for it but DDP's log.
 
     Args:
         process_group: as for ``torch.nn.SyncBatchNorm``, or a ``bnfused.sync.Hierarchy``.
@@ -219,6 +220,19 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
             process_group=self.process_group,
             check_ranks=self.check_ranks,
         )
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, to this class.
+
+        ``bnfused.convert(module, sync=True)`` also fuses, keeps hooks, and can be undone.
+        """
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+        for converted in module.modules():
+            kind: type[nn.Module] = type(converted)
+            if kind is nn.SyncBatchNorm:
+                converted.__class__ = cls
+        return module
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

@@ -192,11 +192,39 @@ def test_isinstance_of_the_synchronized():
     assert issubclass(bnfused.SyncBatchNorm, nn.modules.batchnorm._BatchNorm)
     assert not issubclass(bnfused.SyncBatchNorm, nn.SyncBatchNorm)
     assert repr(bnfused.SyncBatchNorm(C)) == repr(nn.SyncBatchNorm(C))
+    public = {name for name in vars(nn.SyncBatchNorm) if not name.startswith("_")}
+    assert public <= {name for cls in bnfused.SyncBatchNorm.__mro__[:2] for name in vars(cls)}
     ddp = object.__new__(DistributedDataParallel)
     ddp.__dict__.update(device_type="cpu", logger=None)
     ddp._passing_sync_batchnorm_handle(nn.Sequential(bnfused.SyncBatchNorm(C)))
     with pytest.raises(ValueError, match="only work with GPU"):
         ddp._passing_sync_batchnorm_handle(nn.Sequential(type("Ours", (nn.SyncBatchNorm,), {})(C)))
+
+
+def test_conversion_by_the_method_of_the_class():
+    """What torch's makes of a model, in this class: the same parameters, buffers and group; others stay."""
+    model = nn.Sequential(nn.BatchNorm2d(C), nn.Linear(C, C), nn.Sequential(nn.BatchNorm1d(C, affine=False))).eval()
+    before = dict(model.named_parameters()) | dict(model.named_buffers())
+    converted = bnfused.SyncBatchNorm.convert_sync_batchnorm(model, "ours")
+    assert [type(m) for m in (converted[0], converted[1], converted[2][0])] == [
+        bnfused.SyncBatchNorm,
+        nn.Linear,
+        bnfused.SyncBatchNorm,
+    ]
+    after = dict(converted.named_parameters()) | dict(converted.named_buffers())
+    assert {name: id(t) for name, t in after.items()} == {name: id(t) for name, t in before.items()}
+    assert (converted[0].process_group, converted[0].training, converted[0].check_ranks) == ("ours", False, True)
+
+
+def test_torchs_conversion_of_the_synchronized():
+    """It makes torch's of every batch norm, ours among them; convert makes ours of them again, in their group."""
+    model = nn.Sequential(bnfused.SyncBatchNorm(C), nn.SyncBatchNorm(C))
+    theirs = nn.SyncBatchNorm.convert_sync_batchnorm(model, "ours")
+    assert [type(m) for m in theirs] == [nn.SyncBatchNorm] * 2
+    again = bnfused.convert(theirs)
+    assert [type(m) for m in again] == [bnfused.SyncBatchNorm] * 2
+    assert [m.process_group for m in again] == ["ours"] * 2
+    assert [type(m) for m in bnfused.revert(again)] == [nn.SyncBatchNorm] * 2
 
 
 class Doubling(nn.Module):
