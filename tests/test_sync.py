@@ -130,6 +130,38 @@ def test_is_one_process_with_the_whole_batch(four, layout, dtype):
         check_split(four, p, sizes, layout)
 
 
+def step_and_large_allocations(p: Problem, size: int) -> tuple[dict[str, Tensor | None], int]:
+    """On a rank: ``step``, and how many times it asked for as much memory as ``x`` has, or more."""
+    step(p, size)  # modules that are loaded on the way
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = step(p, size)
+    events = profile.profiler.kineto_results.events()
+    return result, sum(e.name() == "[memory]" and e.nbytes() >= p.x.nbytes for e in events)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d], ids=str)
+def test_channels_last_without_a_copy(four, memory_format, dtype):
+    """What a rank allocates of the size of its batch is what it returns: y, grad_x and grad_residual, in that format.
+
+    Trap: torch's SyncBatchNorm copies whatever has more than four dimensions into contiguous memory, and back.
+    """
+    spatial = (5, 6) if memory_format == torch.channels_last else (3, 5, 6)
+    p = cases.make((7, 33, *spatial), dtype=dtype, residual=True, activation="relu")
+    parts = [
+        part.but(**{n: getattr(part, n).contiguous(memory_format=memory_format) for n in ("x", "grad_y", "residual")})
+        for part in split(p, [3, 4], "contiguous")
+    ]
+    results = four.run(step_and_large_allocations, [(part, 2) for part in parts])
+    expected = oracle.expected(p)
+    for name in ("y", "grad_x", "grad_residual"):
+        found = [result[name] for result, _ in results]
+        assert all(t.is_contiguous(memory_format=memory_format) for t in found), name
+        limits = cases.limit(expected.values[name], expected.scales[name], dtype)
+        checks.assert_within(name, torch.cat(found), expected.values[name], limits)
+    assert [large for _, large in results] == [3, 3]
+
+
 @pytest.mark.parametrize("activation", [None, *cases.ACTIVATIONS])
 def test_activation_and_residual(four, activation):
     """Fused as everywhere, on two and on three ranks."""
@@ -152,6 +184,25 @@ def test_options(four, options):
 def test_merges_what_cancels(four, regime):
     """Means far from 0 and from each other: a mean or a variance that travels in float32, or as invstd, is far off."""
     check_split(four, cases.make((12, 5, 7, 3), regime=regime, zero_stats=True), [3, 0, 8, 1])
+
+
+def half_statistics(rows: int, seed: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """On a rank: ``rows`` values of float16, and what running statistics of float16 learn of all ranks' values."""
+    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(seed)).half() * 3 + 1
+    bn = bnfused.SyncBatchNorm(2, momentum=1.0, process_group=ranks.group_of(size)).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        bn(x)
+    return x, bn.running_mean, bn.running_var
+
+
+def test_counts_and_statistics_of_float16(four, seed):
+    """More values than float16 can count, beside running statistics of float16; under autocast, a rank being empty."""
+    results = four.run(half_statistics, [(rows, seed + rank, 3) for rank, rows in enumerate((40_000, 0, 30_001))])
+    x = torch.cat([x for x, _, _ in results]).double()
+    for _, mean, var in results:
+        for actual, wanted in ((mean, x.mean(0)), (var, x.var(0))):
+            limits = wanted.abs() * torch.finfo(torch.float16).eps / 2 + cases.FLOAT32 * wanted.abs()
+            checks.assert_within("running statistics", actual, wanted, limits)
 
 
 @pytest.mark.parametrize("regime", ["normal", "mean_1e4_std_0.01"])
