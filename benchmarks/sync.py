@@ -14,6 +14,7 @@ import random
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import bnfused
+from benchmarks.report import describe_environment
 
 # Of a rank's batch.
 SHAPES = ((8, 64, 56, 56), (8, 256, 28, 28), (8, 2048, 7, 7), (2, 512, 14, 14))
@@ -146,7 +150,8 @@ def main() -> int:
             results.append({"shape": shape, "module": name, "seconds": samples, "calls": calls, "bytes": size})
     if rank == 0 and args.json:
         with open(args.json, "w") as file:
-            json.dump({"ranks": world, "backend": dist.get_backend(), "cells": results}, file)
+            run = {"ranks": world, "backend": dist.get_backend(), "threads": torch.get_num_threads()}
+            json.dump({"environment": describe_environment(device), **run, "cells": results}, file)
     dist.barrier()
     dist.destroy_process_group()
     if status and rank == 0:

@@ -165,30 +165,33 @@ def _backward(
     )
 
 
-def _stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty(x.shape[1], dtype=torch.float64)
-    return mean, torch.empty_like(mean)
+def _stats(x: Tensor) -> Tensor:
+    """``packed_size`` in ``csrc/batch_norm.h`` is the same rule."""
+    channels = x.shape[1]
+    if x.dtype == torch.float64:
+        return x.new_empty(2 * channels + 1)
+    return x.new_empty(3 * channels + 2, dtype=torch.float32)
 
 
 def _gather_stats(
-    mean: Tensor,
-    m2: Tensor,
-    count: Tensor,
+    moments: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    merged: Tensor | None,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_devices(
         "batch_norm_gather_stats",
-        mean,
-        m2=m2,
-        count=count,
+        moments,
         running_mean=running_mean,
         running_var=running_var,
         num_batches_tracked=num_batches_tracked,
+        merged=merged,
     )
-    return mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1]), mean.new_empty(())
+    channels = (moments.shape[1] - 1) // 2 if moments.dtype == torch.float64 else (moments.shape[1] - 2) // 3
+    mean = moments.new_empty(channels, dtype=torch.float64)
+    return mean, torch.empty_like(mean), mean.new_empty(())
 
 
 def _apply(

@@ -2,8 +2,9 @@
 
 Forward: ``batch_norm_stats`` on each part, ``batch_norm_gather_stats`` over all of them, ``batch_norm_apply``.
 Backward: ``batch_norm_backward_reduce``, a sum over the parts, ``batch_norm_backward_apply``. None is differentiable;
-``bnfused.SyncBatchNorm`` makes of them what is. Statistics are float64 throughout, and nothing is read on the host. One
-kernel each, on the CPU and on CUDA; plain torch, which is right but slow, elsewhere and where they were not built.
+``bnfused.SyncBatchNorm`` makes of them what is. Statistics are merged and applied in float64, and nothing is read on
+the host. One kernel each, on the CPU and on CUDA; plain torch, which is right but slow, elsewhere and where they were
+not built.
 """
 
 from __future__ import annotations
@@ -19,47 +20,92 @@ _has_cuda = _extension.has_cuda()
 
 
 @torch.no_grad()
-def batch_norm_stats(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sum of squared deviations from it, and number of values of each channel.
+def batch_norm_stats(input: Tensor) -> Tensor:
+    """The moments of a part of a batch: mean, standard deviation and number of values of each channel.
+
+    Packed, to travel in one collective: ``pack_moments`` says how, and what they are good to.
 
     Args:
         input: ``(N, C, *)``, float16, bfloat16, float32 or float64, in any layout; N may be 0.
 
     Returns:
-        ``mean`` and ``m2``, float64 ``(C,)``, zeros where there are no values; ``count``, float64 of one element, which
-        is exact up to 2**53.
+        Moments, float64 ``(2 C + 1,)`` for float64, else float32 ``(3 C + 2,)``.
 
     Raises:
         TypeError, RuntimeError: ``input`` is not a dense tensor of these dtypes.
     """
     reference.check_input(input)
-    rows = reference.rows_of(input)
     if _has_kernel(input):
-        mean, m2 = _op("batch_norm_stats")(input)
+        return _op("batch_norm_stats")(input)
+    mean, var = reference.statistics(input.to(reference.arithmetic_dtype(input)))
+    return pack_moments(mean, var, mean.new_full((), reference.rows_of(input)), _dtype_of_moments(input))
+
+
+@torch.no_grad()
+def pack_moments(mean: Tensor, var: Tensor, count: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Statistics from elsewhere in the form of ``batch_norm_stats``.
+
+    In float64 that is the mean, the standard deviation, ``sqrt(var)``, and the count. In float32 mean and count are two
+    values each, of which the second is what rounding left of the first: 48 bits, so that a mean that is large against
+    the deviation keeps its digits, and every count is exact. The deviation is one: rounded by 2**-24, it changes a
+    normalized value by as much as rounding that does. It is not the variance, or the sum of squares, since float32
+    holds a deviation wherever it holds the values (1e30 or 1e-30), and neither of these.
+
+    Args:
+        mean, var: ``(*, C)``; the biased variance, which may be anything finite where there are no values.
+        count: ``(*,)``.
+        dtype: float32 or float64; the same for all parts.
+
+    Returns:
+        ``(*, 3 C + 2)`` in float32: mean, its rest, deviation, count, its rest; ``(*, 2 C + 1)`` in float64.
+    """
+    deviation, count = var.sqrt(), count.unsqueeze(-1)
+    if dtype == torch.float64:
+        return torch.cat([mean.to(dtype), deviation.to(dtype), count.to(dtype)], -1)
+    return torch.cat([*_pair(mean), deviation.to(dtype), *_pair(count)], -1)
+
+
+def _pair(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Two of float32 that add up to ``values``: rounded, and what that left, which of infinity is nothing."""
+    rounded = values.float()
+    rest = values - rounded.to(values.dtype)
+    return rounded, rest.float().where(rest.isfinite(), 0)
+
+
+@torch.no_grad()
+def unpack_moments(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``pack_moments`` was given: mean, var and count, in float64.
+
+    Raises:
+        RuntimeError: not of a dtype and size that ``pack_moments`` returns.
+    """
+    channels = _channels_of("unpack_moments", moments)
+    values = moments.to(reference.arithmetic_dtype(moments))
+    if moments.dtype == torch.float64:
+        mean, deviation, count = values.split([channels, channels, 1], -1)
     else:
-        mean, var = reference.statistics(input.to(reference.arithmetic_dtype(input)))
-        m2 = var * rows
-    return mean, m2, mean.new_full((), rows)
+        mean, rest, deviation, count, rest_of_count = values.split([channels, channels, channels, 1, 1], -1)
+        mean, count = mean + rest, count + rest_of_count
+    return mean, deviation.square(), count.squeeze(-1)
 
 
 @torch.no_grad()
 def batch_norm_gather_stats(
-    mean: Tensor,
-    m2: Tensor,
-    count: Tensor,
+    moments: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     momentum: float | None = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics of the whole batch from those of its parts; moves the running statistics, in place.
+    """The statistics of the whole batch from the moments of its parts; moves the running statistics, in place.
 
-    Bitwise the same wherever it is computed from the same values. A part without values has no weight. A batch of fewer
-    than two values per channel is counted and leaves the running statistics alone, its variance being undefined.
+    Merged in float64. Bitwise the same wherever it is computed from the same values. A part without values has no
+    weight, whatever else it holds. A batch of fewer than two values per channel is counted and leaves the running
+    statistics alone, its variance being undefined.
 
     Args:
-        mean, m2: float64 ``(parts, C)``, as from ``batch_norm_stats``.
-        count: float64 ``(parts,)``.
+        moments: ``(parts, 3 C + 2)`` float32 or ``(parts, 2 C + 1)`` float64, as an all-gather makes them of what
+            ``batch_norm_stats`` returns on each process.
         running_mean, running_var: ``(C,)``, of any floating-point dtype, or None.
         num_batches_tracked: int64 of one element, counts the batches in place, or None.
         momentum: the weight of the new batch; None means ``1 / num_batches_tracked``, the cumulative average.
@@ -74,17 +120,18 @@ def batch_norm_gather_stats(
     """
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0  # nothing counts the batches, so torch leaves the statistics alone
-    if _has_kernel(mean):
+    if _has_kernel(moments):
         state = (running_mean, running_var, num_batches_tracked)
-        return _op("batch_norm_gather_stats")(mean, m2, count, *state, momentum)
-    _check_gathered(mean, m2, count, running_mean, running_var)
+        return _op("batch_norm_gather_stats")(moments, *state, None, momentum)
+    _check_gathered(moments, running_mean, running_var)
+    mean, var, count = unpack_moments(moments)
     total = count.sum()
     share = (count / total.clamp(min=1)).unsqueeze(1)
     # An empty part may hold anything, and 0 * NaN is NaN.
-    mean = torch.where(count.unsqueeze(1) > 0, mean, 0)
+    mean, var = (torch.where(count.unsqueeze(1) > 0, of_part, 0) for of_part in (mean, var))
     center = (share * mean).sum(0)
     center = center + (share * (mean - center)).sum(0)  # what rounding left: equal means have their own mean
-    all_m2 = (m2 + count.unsqueeze(1) * (mean - center).square()).where(count.unsqueeze(1) > 0, 0).sum(0)
+    m2 = (count.unsqueeze(1) * (var + (mean - center).square())).sum(0)
 
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -92,11 +139,31 @@ def batch_norm_gather_stats(
     if momentum is None:
         assert num_batches_tracked is not None
         factor = num_batches_tracked.to(center.dtype).reciprocal()
-    for running, of_batch in ((running_mean, center), (running_var, all_m2 / (total - 1).clamp(min=1))):
+    for running, of_batch in ((running_mean, center), (running_var, m2 / (total - 1).clamp(min=1))):
         if running is not None:
             old = running.to(center.dtype)
             running.copy_(torch.where(total > 1, (1 - factor) * old + factor * of_batch, old))
-    return center, all_m2 / total.clamp(min=1), total
+    return center, m2 / total.clamp(min=1), total
+
+
+@torch.no_grad()
+def merge_moments(moments: Tensor) -> Tensor:
+    """The moments of several parts as those of one, to be gathered further.
+
+    Args:
+        moments: as for ``batch_norm_gather_stats``.
+
+    Returns:
+        As ``batch_norm_stats`` of all parts together.
+
+    Raises:
+        RuntimeError: a shape or dtype that does not fit.
+    """
+    if _has_kernel(moments):
+        merged = torch.empty_like(moments[0])
+        _op("batch_norm_gather_stats")(moments, None, None, None, merged, 0.0)
+        return merged
+    return pack_moments(*batch_norm_gather_stats(moments), moments.dtype)
 
 
 @torch.no_grad()
@@ -292,26 +359,30 @@ def _grad_before_activation(
     return g
 
 
-def _check_gathered(
-    mean: Tensor, m2: Tensor, count: Tensor, running_mean: Tensor | None, running_var: Tensor | None
-) -> None:
-    if mean.dim() != 2:
-        raise RuntimeError(f"batch_norm_gather_stats: expected mean of shape [parts, C], got {list(mean.shape)}")
-    parts, channels = mean.shape
-    wanted = {
-        "m2": (m2, (parts, channels)),
-        "count": (count, (parts,)),
-        "running_mean": (running_mean, (channels,)),
-        "running_var": (running_var, (channels,)),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tensor.shape != shape:
+def _dtype_of_moments(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _channels_of(op: str, moments: Tensor) -> int:
+    """The number of channels that packed moments are of; ``packed_size`` in ``csrc/batch_norm.h`` has the sizes too."""
+    if moments.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"{op}: expected moments of torch.float32 or torch.float64, got {moments.dtype}")
+    of_channel, of_count = (2, 1) if moments.dtype == torch.float64 else (3, 2)
+    size = moments.shape[-1]
+    if size < of_count or (size - of_count) % of_channel:
+        raise RuntimeError(
+            f"{op}: expected moments of shape [parts, {of_channel} C + {of_count}], got {list(moments.shape)}"
+        )
+    return (size - of_count) // of_channel
+
+
+def _check_gathered(moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    channels = _channels_of("batch_norm_gather_stats", moments)
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is not None and tensor.shape != (channels,):
             raise RuntimeError(
-                f"batch_norm_gather_stats: expected {name} of shape {list(shape)}, got {list(tensor.shape)}"
+                f"batch_norm_gather_stats: expected {name} of shape {[channels]}, got {list(tensor.shape)}"
             )
-    for name, tensor in (("mean", mean), ("m2", m2), ("count", count)):
-        if tensor.dtype not in (torch.float64, reference.arithmetic_dtype(mean)):
-            raise RuntimeError(f"batch_norm_gather_stats: expected {name} of torch.float64, got {tensor.dtype}")
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """SyncBatchNorm: the statistics of a batch that is spread over the processes of a group.
 
-One collective each way: the forward gathers mean, sum of squared deviations and count, the backward adds up two sums.
+One collective each way: the forward gathers mean, standard deviation and count, the backward adds up two sums.
 They run on any backend of torch.distributed, Gloo with CPU tensors among them.
 """
 
@@ -75,11 +75,11 @@ def sync_batch_norm(
 ) -> Tensor:
     """Batch norm in training, with the statistics of all processes in ``group``; every one of them has to call it.
 
-    The batches may differ in every size but C, and may be empty. Statistics travel in float64: the count is exact, and
-    a mean that is large against the standard deviation keeps its digits. Running statistics end bitwise the same on
-    every rank. The gradients of weight and bias are this process's share, as DDP wants them; the gradient of ``input``
-    is that of the sum of all processes' losses. Gradients of every order are right, provided that every process takes
-    the same ones.
+    The batches may differ in every size but C, and may be empty. Statistics travel as ``bnfused.parts.pack_moments``
+    says: the count is exact, and a mean that is large against the standard deviation keeps its digits. Running
+    statistics end bitwise the same on every rank. The gradients of weight and bias are this process's share, as DDP
+    wants them; the gradient of ``input`` is that of the sum of all processes' losses. Gradients of every order are
+    right, provided that every process takes the same ones.
 
     Args:
         group: a ``ProcessGroup`` that this process is in, or a ``Hierarchy``; None means all processes.
@@ -110,13 +110,10 @@ def sync_batch_norm(
     moments = parts.batch_norm_stats(input.detach())
     *inner, outermost = _levels(group)
     for level in inner:
-        mean, var, total = parts.batch_norm_gather_stats(*_gather_moments(*moments, level))
-        moments = mean, var * total, total
-    gathered = _gather_moments(*moments, outermost)
-    _refuse_single_value(gathered[-1], input)
-    mean, var, total = parts.batch_norm_gather_stats(
-        *gathered, running_mean, running_var, num_batches_tracked, momentum
-    )
+        moments = parts.merge_moments(_gather(moments, level))
+    gathered = _gather(moments, outermost)
+    _refuse_single_value(gathered, input)
+    mean, var, total = parts.batch_norm_gather_stats(gathered, running_mean, running_var, num_batches_tracked, momentum)
     settings = (eps, activation, activation_param)
     return SyncBatchNormFunction.apply(input, weight, bias, residual, mean, var, total, group, settings)
 
@@ -423,13 +420,6 @@ def _levels(group: Any) -> tuple[Any, ...]:
     return (group.inner, group.outer) if isinstance(group, Hierarchy) else (group,)
 
 
-def _gather_moments(mean: Tensor, m2: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of every rank, in one collective: ``(world, C)`` twice, and ``(world,)``."""
-    gathered = _gather(torch.cat([mean, m2, count.view(1)]), group)
-    channels = mean.numel()
-    return gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1]
-
-
 def _gather(values: Tensor, group: Any) -> Tensor:
     """``values`` of every rank, ``(world, *)``."""
     gathered = values.new_empty(dist.get_world_size(group) * values.numel())
@@ -479,7 +469,7 @@ def _named(name: str, values: Tensor, group: Any) -> Iterator[None]:
         ) from error
 
 
-def _refuse_single_value(counts: Tensor, input: Tensor) -> None:
+def _refuse_single_value(moments: Tensor, input: Tensor) -> None:
     """Raise, on every rank, where all ranks together have one value per channel.
 
     Whoever has two or more knows better without a look at the counts; so only the others look, and off the CPU they
@@ -487,6 +477,7 @@ def _refuse_single_value(counts: Tensor, input: Tensor) -> None:
     """
     if reference.rows_of(input) > 1:
         return
+    _, _, counts = parts.unpack_moments(moments)
     message = "Expected more than 1 value per channel in all ranks together when training"
     if counts.is_cpu and not torch.compiler.is_compiling():
         if counts.sum() == 1:

@@ -44,7 +44,7 @@ struct PerChannel {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
 
-  explicit operator bool() const { return data != nullptr; }
+  explicit constexpr operator bool() const { return data != nullptr; }
 };
 
 struct Epilogue {
@@ -52,19 +52,48 @@ struct Epilogue {
   double param;  // negative_slope of leaky_relu, alpha of elu
 };
 
+// The moments of a part of a batch as they travel between processes. Of a float64 batch they are float64. Of others
+// they are float32, and two values add up to a mean, and two to the count: each to 48 bits. It is the standard
+// deviation that travels, sqrt(m2 / count), since float32 holds it wherever it holds x: m2 leaves its range where x
+// passes 1e19, and nothing is left of it under 1e-22.
+struct PackedMoments {
+  PerChannel mean, mean_rest, deviation;  // (channels), one behind the other; rests are only there in float32
+  PerChannel count, count_rest;           // one value, behind them
+
+  explicit constexpr operator bool() const { return bool(count); }
+};
+
+constexpr int64_t packed_size(int64_t channels, bool of_float64) {
+  return of_float64 ? 2 * channels + 1 : 3 * channels + 2;
+}
+
+inline PackedMoments packed_at(void* data, int64_t channels, DType dtype) {
+  const bool of_float64 = dtype == DType::kFloat64;
+  const auto at = [&](int64_t i) -> PerChannel {
+    return {static_cast<char*>(data) + i * int64_t(of_float64 ? sizeof(double) : sizeof(float)), dtype};
+  };
+  if (of_float64) return {at(0), {}, at(channels), at(2 * channels), {}};
+  return {at(0), at(channels), at(2 * channels), at(3 * channels), at(3 * channels + 1)};
+}
+
+// What rounding to float32 leaves of a value; of what becomes infinity nothing, or the sum of both would be NaN.
+constexpr double rest_of(double value) {
+  const double rest = value - double(float(value));
+  return rest - rest == 0 ? rest : 0;
+}
+
 struct MomentsArgs {
   Problem problem;
   const void* x;
-  double* mean;  // out, (channels)
-  double* m2;    // out, (channels): sum of squared deviations from the mean
+  PackedMoments moments;  // out
 };
 
 // Moments of the parts of a batch, merged into those of the whole. A part of no values may hold anything.
 struct GatherArgs {
   int64_t parts, channels;
-  const double *mean, *m2;  // (parts, channels), a part every mean_stride and m2_stride values
-  const double* count;      // (parts), every count_stride values
-  int64_t mean_stride, m2_stride, count_stride;
+  PackedMoments moments;  // of the first part; those of the next lie `stride` values further on
+  int64_t stride;
+  PackedMoments merged;                  // out, or none
   PerChannel running_mean, running_var;  // left alone by fewer than two values in all
   int64_t* num_batches_tracked;          // nullptr if nobody counts
   double* batch_mean;                    // out, (channels)

@@ -17,7 +17,7 @@ import torch
 
 import cases
 import checks
-from bnfused import _extension
+from bnfused import _extension, parts
 from emulator import emulated
 from emulator.build import ROOT, build
 
@@ -377,10 +377,9 @@ def in_parts(inputs, activation):
         launches[name] = emulated.take_launches()
         return results
 
-    mean, m2 = run("batch_norm_stats", x)
-    counts = torch.full((2,), x.numel() / x.shape[1], dtype=torch.float64)
+    moments = run("batch_norm_stats", x).expand(2, -1).contiguous()
     state = (torch.zeros_like(bias), torch.ones_like(bias), torch.tensor(0))
-    mean, var, _ = run("batch_norm_gather_stats", mean.expand(2, -1), m2.expand(2, -1), counts, *state, None)
+    mean, var, _ = run("batch_norm_gather_stats", moments, *state, None, None)
     _, invstd, mask = run("batch_norm_apply", x, weight, bias, mean, var, residual, 1e-5, activation, 0.0)
     saved = (torch.randn_like(x), x, weight, bias, residual, mean, invstd, mask)
     run("batch_norm_backward", *saved, activation, 0.0, False, [False, True, True, False])
@@ -396,7 +395,7 @@ def in_parts(inputs, activation):
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_in_parts(layout, activation, residual):
-    """One launch for each part, which reads each tensor once; the merge reads three values a channel and part."""
+    """One launch for each part, which reads each tensor once; the merge reads five values a channel and part."""
     inputs = tensors(SHAPE, layout, torch.bfloat16, residual)
     a, mask = inputs[0].nbytes, {"mask": inputs[0].numel() // 8} if residual and activation == RELU else {}
     added = {"residual": a} if residual else {}
@@ -413,12 +412,10 @@ def test_bytes_in_parts(layout, activation, residual):
         assert (moved(launch, "read", TENSORS), moved(launch, "written", TENSORS)) == expected[name], name
         assert_wide([launch])
     (gather,) = launches["batch_norm_gather_stats"]
-    channels, parts, double = SHAPE[1], 2, 8
-    columns = channels + 1
+    channels, two_parts, single = SHAPE[1], 2, 4
+    # Mean, its rest and deviation of each channel; count and its rest for each too, and for their own sum.
     assert {name: t.bytes for name, t in gather.read.items()} == {
-        "mean": parts * channels * double,
-        "m2": parts * channels * double,
-        "count": parts * columns * double,
+        "moments": two_parts * (3 * channels + 2 * (channels + 1)) * single
     }
 
 
@@ -432,15 +429,13 @@ def test_a_part_is_one_launch(shape, layout):
 
 def test_the_merge_gives_the_same_bits_on_every_gpu():
     """However many SMs it has, whatever its order of blocks: running statistics must not drift apart between ranks."""
-    gathered = torch.randn(9, 2 * 70 + 1, dtype=torch.float64).abs()
-    gathered[:, -1] = torch.randint(1, 1000, (9,))
+    mean, var = torch.randn(9, 70, dtype=torch.float64), torch.rand(9, 70, dtype=torch.float64)
+    gathered = parts.pack_moments(mean, var, torch.randint(1, 1000, (9,)).double())
     results = []
     for sm_count, order in ((1, "forward"), (132, "reverse"), (4, "random")):
         state = (torch.zeros(70), torch.ones(70), torch.tensor(3))
         with emulated.settings(sm_count=sm_count, order=order):
-            merged = emulated.ops().batch_norm_gather_stats(
-                gathered[:, :70], gathered[:, 70:140], gathered[:, 140], *state, 0.1
-            )
+            merged = emulated.ops().batch_norm_gather_stats(gathered, *state, None, 0.1)
         results.append(torch.cat([t.double().view(-1) for t in (*merged, *state)]))
     assert all(torch.equal(results[0], other) for other in results[1:])
 

@@ -33,10 +33,10 @@ SCHEMAS = {
         "bnfused::batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
         "Tensor? residual, float eps, int activation, float activation_param) -> Tensor y"
     ),
-    "batch_norm_stats": "bnfused::batch_norm_stats(Tensor x) -> (Tensor mean, Tensor m2)",
+    "batch_norm_stats": "bnfused::batch_norm_stats(Tensor x) -> Tensor moments",
     "batch_norm_gather_stats": (
-        "bnfused::batch_norm_gather_stats(Tensor mean, Tensor m2, Tensor count, Tensor(a!)? running_mean, "
-        "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum) -> (Tensor batch_mean, "
+        "bnfused::batch_norm_gather_stats(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+        "Tensor(c!)? num_batches_tracked, Tensor(d!)? merged, float? momentum) -> (Tensor batch_mean, "
         "Tensor batch_var, Tensor batch_count)"
     ),
     "batch_norm_apply": (

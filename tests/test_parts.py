@@ -24,8 +24,8 @@ def device(backend, monkeypatch):
 
 
 def moments_of(xs):
-    """Mean, m2 and count of each, gathered: (parts, C) twice and (parts,)."""
-    return [torch.stack(values) for values in zip(*[parts.batch_norm_stats(x) for x in xs], strict=True)]
+    """Of each, gathered."""
+    return torch.stack([parts.batch_norm_stats(x) for x in xs])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -46,7 +46,7 @@ def test_composed_by_hand(device, layout, dtype, activation, residual):
     weight, bias = p.weight.to(device), p.bias.to(device)
     state = [t.to(device, copy=True) for t in (p.running_mean, p.running_var, p.num_batches_tracked)]
 
-    mean, var, count = parts.batch_norm_gather_stats(*moments_of(xs), *state, p.momentum)
+    mean, var, count = parts.batch_norm_gather_stats(moments_of(xs), *state, p.momentum)
     assert count == p.rows
     assert int(state[2]) == truth.num_batches_tracked
 
@@ -80,29 +80,100 @@ def test_composed_by_hand(device, layout, dtype, activation, residual):
 
 def test_statistics_from_elsewhere_need_not_be_finite_where_they_have_no_weight(device):
     """A part without values has no say, whatever its mean is."""
-    x = torch.randn(6, 3, device=device)
-    mean, m2, count = parts.batch_norm_stats(x)
-    nan = torch.full_like(mean, float("nan"))
-    merged = parts.batch_norm_gather_stats(
-        torch.stack([nan, mean]), torch.stack([nan, m2]), torch.stack([count * 0, count])
-    )
-    assert torch.equal(merged[0], mean)
-    assert torch.allclose(merged[1], x.double().var(0, correction=0), rtol=1e-6, atol=0)  # x is float32
+    moments = parts.batch_norm_stats(torch.randn(6, 3, device=device))
+    empty = torch.full_like(moments, float("nan"))
+    empty[-2:] = 0  # the count
+    merged = parts.batch_norm_gather_stats(torch.stack([empty, moments]))
+    for actual, wanted in zip(merged, parts.unpack_moments(moments), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=4 * torch.finfo(torch.float64).eps, atol=0)
 
 
+DTYPES_OF_MOMENTS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@DTYPES_OF_MOMENTS
+def test_packed_and_unpacked(dtype):
+    """Every count and 48 bits of a mean survive float32, and deviations wherever it holds values; infinities too."""
+    mean = torch.randn(2, 4, dtype=torch.float64) * torch.tensor([1e-30, 1.0, 1e4, 1e30], dtype=torch.float64)
+    var = torch.rand(2, 4, dtype=torch.float64) * torch.tensor([1e-60, 0.0, 1e-4, 1e60], dtype=torch.float64)
+    count = torch.tensor([2**24 + 1, 2**48 - 1], dtype=torch.float64)
+    moments = parts.pack_moments(mean, var, count, dtype)
+    assert (moments.dtype, moments.shape) == (dtype, (2, 9 if dtype == torch.float64 else 14))
+    found = parts.unpack_moments(moments)
+    exact = dtype == torch.float64
+    # Of 1e-30 the second half is among the smallest that float32 has, 2**-149 apart.
+    torch.testing.assert_close(found[0], mean, rtol=0 if exact else 2.0**-48, atol=0 if exact else 2.0**-150)
+    # A deviation is rounded once, and its square is off by twice that; float64 has the rounding of the root too.
+    torch.testing.assert_close(found[1], var, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(found[2], count)
+    special = torch.tensor([float("inf"), float("-inf"), float("nan")], dtype=torch.float64)
+    assert checks.same_bits(parts.unpack_moments(parts.pack_moments(special, special * 0, count[0], dtype))[0], special)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_stats_are_packed_as_said(device, dtype):
+    """The op, and the function for what comes from elsewhere, of moments that both dtypes can hold.
+
+    Without values, and without channels, whose count may need more than float32 all the same.
+    """
+    mean, var = 64 * torch.arange(3, dtype=torch.float64), torch.full((3,), 9, dtype=torch.float64)
+    x = (mean + torch.tensor([[3.0], [-3.0]]).repeat(4, 1)).to(dtype)
+    none = torch.zeros(0, dtype=torch.float64)
+    for values, *wanted in (
+        (x, mean, var),
+        (x[:0], mean * 0, var * 0),
+        (torch.empty(2**24 + 1, 0, 1, dtype=dtype), none, none),
+    ):
+        count = torch.tensor(len(values), dtype=torch.float64)
+        packed = parts.pack_moments(*wanted, count, torch.float64 if dtype == torch.float64 else torch.float32)
+        found = parts.batch_norm_stats(values.to(device)).cpu()
+        assert (found.dtype, found.shape) == (packed.dtype, packed.shape)
+        for name, actual, expected in zip(
+            ("mean", "var", "count"), *map(parts.unpack_moments, (found, packed)), strict=True
+        ):
+            # Sums of eight differences of 3, or of their squares, in the arithmetic of the dtype; merged in float64.
+            bound = 8 * 9 * torch.finfo(found.dtype).eps + 8 * 131 * torch.finfo(torch.float64).eps
+            checks.assert_within(name, actual, expected, torch.full_like(expected, 0 if name == "count" else bound))
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 1.0])
+def test_values_whose_squares_leave_float32(device, scale):
+    """Sums of squared deviations would be 1e60 and 1e-60: a variance that travelled as one would be infinite, or 0."""
+    x = torch.randn(12, 3, device=device) * scale
+    _, var, _ = parts.batch_norm_gather_stats(moments_of(x.split([5, 7])))
+    torch.testing.assert_close(var.cpu(), x.cpu().double().var(0, correction=0), rtol=1e-6, atol=0)
+
+
+@DTYPES_OF_MOMENTS
+def test_merged_in_levels(device, dtype):
+    """Nodes first, and then their moments: the same but for what packing rounds once more, an empty node included."""
+    sizes = (3, 4, 0, 0, 6, 1)
+    x = 100 + torch.randn(sum(sizes), 70, dtype=dtype, device=device)
+    moments = moments_of(x.split(sizes))
+    flat = parts.batch_norm_gather_stats(moments)
+    merged = torch.stack([parts.merge_moments(node) for node in moments.split(2)])
+    assert (merged.dtype, merged.shape) == (dtype, (3, moments.shape[1]))
+    for actual, wanted, bits in zip(parts.batch_norm_gather_stats(merged), flat, (2**-48, 2**-22, 0), strict=True):
+        # Of a mean of 100, with 2**-48 of it; of the variance a few roundings of the packed deviation.
+        rtol = bits if dtype == torch.float32 else 64 * torch.finfo(dtype).eps
+        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=0)
+
+
+@DTYPES_OF_MOMENTS
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_the_kernel_merges_as_plain_torch(device, monkeypatch, momentum):
+def test_the_kernel_merges_as_plain_torch(device, monkeypatch, momentum, dtype):
     """Of many parts, some empty, and more channels than a thread takes at once; running statistics of any dtype."""
-    mean, m2 = torch.randn(37, 700, dtype=torch.float64) * 100, torch.rand(37, 700, dtype=torch.float64)
+    mean, var = torch.randn(37, 700, dtype=torch.float64) * 100, torch.rand(37, 700, dtype=torch.float64)
     count = torch.randint(0, 5, (37,)).double()
     mean[count == 0] = torch.nan
+    moments = parts.pack_moments(mean, var, count, dtype).to(device)
     found = []
     for plain_torch in (False, True):
         if plain_torch:
             monkeypatch.setattr(parts, "_has_kernel", lambda x: False)
         running = (torch.arange(1400.0, device=device)[::2], torch.ones(700, dtype=torch.bfloat16, device=device))
         tracked = torch.tensor(6, device=device)
-        merged = parts.batch_norm_gather_stats(*(t.to(device) for t in (mean, m2, count)), *running, tracked, momentum)
+        merged = parts.batch_norm_gather_stats(moments, *running, tracked, momentum)
         found.append((*merged, *running, tracked))
     for actual, wanted in zip(*found, strict=True):
         # Sums of 37 terms, each rounded by float64 a few times; then once to the dtype of the running statistics.
@@ -115,7 +186,7 @@ def test_the_kernel_merges_as_plain_torch(device, monkeypatch, momentum):
 @pytest.mark.parametrize("count_of_parts", [1, 7, 100])
 @pytest.mark.parametrize("channels", [0, 1, 70])
 def test_merge(device, count_of_parts, channels):
-    """Of what one collective gathered: a mean, an m2 and a count of each part, one behind the other.
+    """Of what one collective gathered.
 
     Means that lie 1e6 standard deviations from 0, and parts of very different sizes. All arithmetic is float64. The
     mean gains one rounding of its own size with each part; a deviation from it, of about 1, is off by as much, 1e6 *
@@ -124,17 +195,15 @@ def test_merge(device, count_of_parts, channels):
     counts = torch.randint(0, 10**6, (count_of_parts, 1)).double()
     counts[-1] = 2
     means = 1e6 + torch.randn(count_of_parts, channels, dtype=torch.float64)
-    m2s = torch.rand(count_of_parts, channels, dtype=torch.float64) * counts
-    gathered = torch.cat([means, m2s, counts], 1).to(device)
+    variances = torch.rand(count_of_parts, channels, dtype=torch.float64)
+    gathered = parts.pack_moments(means, variances, counts[:, 0], torch.float64).to(device)
     old = [torch.randn(channels), torch.rand(channels).half(), torch.tensor(4)]
     state = [t.to(device, copy=True) for t in old]
-    mean, var, total = parts.batch_norm_gather_stats(
-        gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1], *state, None
-    )
+    mean, var, total = parts.batch_norm_gather_stats(gathered, *state, None)
 
     shift = means - 1e6  # exact, as is what follows to 1e-15 of the deviations
     expected_mean = (shift * counts).sum(0) / counts.sum()
-    expected_m2 = (m2s + counts * (shift - expected_mean).square()).sum(0)
+    expected_m2 = (counts * (variances + (shift - expected_mean).square())).sum(0)
     rounding = 1e6 * count_of_parts * 2.0**-53
     assert total == counts.sum()
     torch.testing.assert_close(mean.cpu() - 1e6, expected_mean, rtol=0, atol=2 * rounding)
@@ -147,35 +216,38 @@ def test_merge(device, count_of_parts, channels):
         checks.assert_within(name, moved.cpu(), wanted, limits)
 
 
-def test_equal_means_have_their_own_mean(device):
+@DTYPES_OF_MOMENTS
+def test_equal_means_have_their_own_mean(device, dtype):
     """And a variance of exactly 0, so that constant channels are normalized to exactly the bias."""
-    mean = torch.full((5, 40), 0.1, dtype=torch.float64, device=device)
-    counts = torch.tensor([3.0, 1, 7, 0, 11], dtype=torch.float64, device=device)
-    merged, var, _ = parts.batch_norm_gather_stats(mean, torch.zeros_like(mean), counts)
-    assert torch.equal(merged, mean[0])
+    mean = torch.full((5, 40), 0.1, dtype=dtype).double()
+    counts = torch.tensor([3.0, 1, 7, 0, 11], dtype=torch.float64)
+    moments = parts.pack_moments(mean, torch.zeros_like(mean), counts, dtype).to(device)
+    merged, var, _ = parts.batch_norm_gather_stats(moments)
+    assert torch.equal(merged.cpu(), mean[0])
     assert not var.any()
 
 
 @pytest.mark.parametrize("counts", [[0.0, 0.0], [0.0, 1.0]], ids=["none", "one"])
 def test_too_few_values_are_counted_and_nothing_is_learned(device, counts):
-    mean = torch.randn(2, 3, dtype=torch.float64, device=device)
+    mean = torch.randn(2, 3, dtype=torch.float64)
     running, tracked = torch.ones(2, 3, device=device), torch.tensor(4, device=device)
-    _, var, total = parts.batch_norm_gather_stats(
-        mean, torch.zeros_like(mean), torch.tensor(counts, dtype=torch.float64, device=device), *running, tracked
-    )
+    moments = parts.pack_moments(mean, torch.zeros_like(mean), torch.tensor(counts, dtype=torch.float64)).to(device)
+    _, var, total = parts.batch_norm_gather_stats(moments, *running, tracked)
     assert (int(total), int(tracked)) == (sum(counts), 5)
     assert torch.equal(running, torch.ones_like(running)) and not var.any()
 
 
 def test_merge_is_what_its_schema_and_its_fake_kernel_say(extension):
-    """What it writes to, shapes and strides of what it returns, for parts that lie apart from each other."""
-    gathered = torch.rand(3, 11, dtype=torch.float64)
-    state = (torch.zeros(5), torch.ones(5), torch.tensor(3))
-    torch.library.opcheck(
-        torch.ops.bnfused.batch_norm_gather_stats.default,
-        (gathered[:, :5], gathered[:, 5:10], gathered[:, 10], *state, None),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    """What it writes to, shapes and strides of what it returns; in both forms of moments."""
+    for gathered in (torch.rand(3, 11, dtype=torch.float64), torch.rand(3, 17)):
+        state = (torch.zeros(5), torch.ones(5), torch.tensor(3))
+        torch.library.opcheck(
+            torch.ops.bnfused.batch_norm_gather_stats.default,
+            (gathered, *state, torch.empty_like(gathered[0]), None),
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+    for dtype in (torch.float64, torch.float16):
+        torch.library.opcheck(torch.ops.bnfused.batch_norm_stats.default, (torch.rand(3, 5, 2, dtype=dtype),))
 
 
 def test_a_build_without_cuda_takes_plain_torch_and_says_so_once(extension, monkeypatch):
@@ -184,8 +256,8 @@ def test_a_build_without_cuda_takes_plain_torch_and_says_so_once(extension, monk
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         x = torch.empty(4, 3, 5, device="cuda")
-        mean, m2, _ = parts.batch_norm_stats(x)
-        y, invstd, _ = parts.batch_norm_apply(x, mean, m2)
+        mean, var, _ = parts.unpack_moments(parts.batch_norm_stats(x))
+        y, invstd, _ = parts.batch_norm_apply(x, mean, var)
         parts.batch_norm_backward_reduce(y, x, mean, invstd)
     assert y.device.type == "cuda"
     (warning,) = caught
@@ -208,17 +280,20 @@ def test_a_build_with_cuda_takes_cuda_tensors(extension, monkeypatch):
 
 def test_running_statistics_that_nothing_counts_do_not_move(device):
     """As torch has it: momentum None without a counter is a momentum of 0."""
-    mean, running = torch.randn(2, 3, dtype=torch.float64, device=device), torch.ones(2, 3, device=device)
-    parts.batch_norm_gather_stats(mean, mean.square(), mean[:, 0] * 0 + 3, *running, None, None)
+    moments, running = moments_of(torch.randn(2, 4, 3, device=device)), torch.ones(2, 3, device=device)
+    parts.batch_norm_gather_stats(moments, *running, None, None)
     assert torch.equal(running, torch.ones_like(running))
 
 
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_written(device):
-    mean = torch.zeros(2, 3, dtype=torch.float64, device=device)
+    moments = moments_of(torch.randn(2, 4, 3, device=device))
     running, count = torch.ones(3, device=device), torch.tensor(4, device=device)
-    for wrong in ({"m2": mean[:, :2]}, {"count": mean[0]}, {"running_var": running[:2]}, {"m2": mean.float()}):
-        arguments = {"m2": mean, "count": mean[:, 0] + 2, "running_mean": running, "running_var": running} | wrong
+    for wrong in (
+        *({"moments": moments[:, :-1]}, {"moments": moments[:, :0]}, {"moments": moments.half()}),
+        *({"moments": moments.double()[:, 1:]}, {"running_mean": running[:2]}, {"running_var": running[:2]}),
+    ):
+        arguments = {"moments": moments, "running_mean": running, "running_var": running} | wrong
         with pytest.raises(RuntimeError, match=f"batch_norm_gather_stats: expected {next(iter(wrong))} of"):
-            parts.batch_norm_gather_stats(mean, num_batches_tracked=count, **arguments)
+            parts.batch_norm_gather_stats(num_batches_tracked=count, **arguments)
     assert torch.equal(running, torch.ones_like(running))
     assert int(count) == 4

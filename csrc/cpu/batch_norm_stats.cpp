@@ -6,23 +6,20 @@ namespace bnfused::cpu {
 
 void batch_norm_stats(const MomentsArgs& args) {
   const Problem& p = args.problem;
+  write_count(args.moments, double(p.rows()));
   if (p.numel() == 0) {
-    std::fill_n(args.mean, p.channels, 0.0);
-    std::fill_n(args.m2, p.channels, 0.0);
+    for (int64_t c = 0; c < p.channels; ++c) write(args.moments, c, Moments{});
     return;
   }
   with_dtype(p.dtype, [&](auto t) {
     const auto* x = static_cast<const decltype(t)*>(args.x);
-    const auto write = [&](int64_t c, const Moments& m) {
-      args.mean[c] = m.mean;
-      args.m2[c] = m.m2;
-    };
+    const auto keep = [&](int64_t c, const Moments& m) { write(args.moments, c, m); };
     if (has_short_planes(p)) {
-      for_each_channel_of_groups(p, x, write);
+      for_each_channel_of_groups(p, x, keep);
     } else if (is_planes(p)) {
-      for_each_channel_of_planes(p, x, parts_per_channel(p), write);
+      for_each_channel_of_planes(p, x, parts_per_channel(p), keep);
     } else {
-      for_each_channel_of_rows(p, x, write);
+      for_each_channel_of_rows(p, x, keep);
     }
   });
 }

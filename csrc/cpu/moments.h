@@ -32,6 +32,16 @@ struct Moments {
   }
 };
 
+inline void write(const PackedMoments& to, int64_t c, const Moments& m) {
+  write(to.mean, c, m.mean);
+  write(to.mean_rest, c, rest_of(m.mean));
+  write(to.deviation, c, m.count > 0 ? std::sqrt(m.m2 / m.count) : 0);
+}
+inline void write_count(const PackedMoments& to, double count) {
+  write(to.count, 0, count);
+  write(to.count_rest, 0, rest_of(count));
+}
+
 // Each round shrinks the distance to the block's mean by the precision of A; more never helps.
 constexpr int kRounds = 4;
 

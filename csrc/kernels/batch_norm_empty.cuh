@@ -15,10 +15,7 @@ __device__ __forceinline__ void finish_empty(const TrainArgs& args, uint32_t c) 
   args.invstd[c] = 0;
 }
 
-__device__ __forceinline__ void finish_empty(const MomentsArgs& args, uint32_t c) {
-  args.mean[c] = 0;
-  args.m2[c] = 0;
-}
+__device__ __forceinline__ void finish_empty(const MomentsArgs& args, uint32_t c) { pack(args.moments, c, 0, 0, 0); }
 
 __device__ __forceinline__ void finish_empty(const EvalArgs& args, uint32_t c) {
   if (args.mean == nullptr) return;
@@ -31,12 +28,21 @@ __device__ __forceinline__ void finish_empty(const BackwardArgs& args, uint32_t 
   write(args.grad_bias, c, 0);
 }
 
+// Values without channels are counted too.
+__device__ __forceinline__ void count_empty(const MomentsArgs& args) {
+  pack_count(args.moments, double(args.problem.rows()));
+}
+template <class Args>
+__device__ __forceinline__ void count_empty(const Args&) {}
+
 template <class Args>
 __global__ void __launch_bounds__(kMaxThreads)
     batch_norm_empty(Args args, uint32_t channels, int64_t* num_batches_tracked) {
   const uint32_t c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c < channels) finish_empty(args, c);
-  if (c == 0 && num_batches_tracked != nullptr) ++*num_batches_tracked;
+  if (c > 0) return;
+  count_empty(args);
+  if (num_batches_tracked != nullptr) ++*num_batches_tracked;
 }
 
 }  // namespace bnfused

@@ -1,7 +1,7 @@
 // The statistics of a whole batch from the moments of its parts, and the running statistics moved.
 //
 //   computes  mean, var and the count over all parts; running_mean, running_var, counter
-//   moves     reads a mean, an m2 and a count for each channel and part
+//   moves     reads a mean, a deviation and a count for each channel and part
 //   blocks    runs of columns: the channels, and behind them one of the counts alone, which there is without channels
 //   too needs     one ticket that is 0, and is 0 again afterwards
 #pragma once
@@ -11,24 +11,35 @@
 
 namespace bnfused {
 
+// Value i, and what belongs to it.
+__device__ __forceinline__ double unpack(const PerChannel& t, const PerChannel& rest, int64_t i) {
+  if (t.dtype == DType::kFloat64) return load_global(static_cast<const double*>(t.data) + i);
+  const double value = load_global(static_cast<const float*>(t.data) + i);
+  return rest.data == nullptr ? value : value + double(load_global(static_cast<const float*>(rest.data) + i));
+}
+
 __global__ void __launch_bounds__(kMaxThreads, 2)
     batch_norm_gather_stats(GatherArgs args, RunningStats running, unsigned* ticket, Merge s) {
   using Sums = Moments<double>;
+  const PackedMoments& packed = args.moments;
   const uint32_t first = blockIdx.x * s.columns_per_block;
   const uint32_t left = s.columns - first;
   const auto load = [&](uint32_t slot, uint32_t part) -> Sums {
-    const double count = load_global(args.count + part * args.count_stride);
+    const int64_t at = part * args.stride;
+    const double count = unpack(packed.count, packed.count_rest, at);
     const uint32_t c = first + slot;
     if (c == args.channels) return {0, 0, count};
-    return {load_global(args.mean + part * args.mean_stride + c), load_global(args.m2 + part * args.m2_stride + c),
-            count};
+    const double deviation = unpack(packed.deviation, {}, at + c);
+    return {unpack(packed.mean, packed.mean_rest, at + c), deviation * deviation * count, count};
   };
   const auto finish = [&](uint32_t slot, const Sums& all) {
     const uint32_t c = first + slot;
     if (c == args.channels) {
       *args.batch_count = all.count;
+      if (args.merged) pack_count(args.merged, all.count);
       return;
     }
+    if (args.merged) pack(args.merged, c, all.mean, all.m2, all.count);
     args.batch_mean[c] = all.mean;
     args.batch_var[c] = all.count > 1 ? all.m2 / all.count : all.m2;
     if (all.count > 1) running.move(c, all.mean, all.m2 / (all.count - 1));

@@ -1,8 +1,8 @@
 // The statistics of the batch: mean and invstd of every channel, and the running statistics moved; of a part of a
-// batch: mean and m2, the sum of squared differences from it.
+// batch: its moments, packed.
 //
 //   computes  moments of x over all of a channel's values; from them mean, invstd, running_mean, running_var, counter,
-//             or mean and m2
+//             or a PackedMoments
 //   moves     reads x once; writes a Moments for each channel and part
 //   blocks    Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units
 //   needs     workspace for the partials; tickets that are 0, and are 0 again afterwards
@@ -212,29 +212,38 @@ struct RunningStats {
 
 // Everything that follows from the moments of one channel.
 struct FinishStats : RunningStats {
-  double* mean;
-  double* m2;      // or nullptr
-  double* invstd;  // or nullptr, and then nothing runs either
+  PackedMoments packed;  // of a part of a batch, and then nothing else is written; or none
+  double count;          // of a channel's values
+  double *mean, *invstd;
   double eps;
   double per_value, per_free_value;  // 1 / n, 1 / (n - 1), of the n values of a channel
 
   explicit FinishStats(const TrainArgs& args)
       : RunningStats(args),
+        count(double(args.problem.rows())),
         mean(args.mean),
-        m2(nullptr),
         invstd(args.invstd),
         eps(args.eps),
         per_value(1 / double(args.problem.rows())),
         per_free_value(1 / (double(args.problem.rows()) - 1)) {}
 
   explicit FinishStats(const MomentsArgs& args)
-      : mean(args.mean), m2(args.m2), invstd(nullptr), eps(0), per_value(0), per_free_value(0) {}
+      : packed(args.moments),
+        count(double(args.problem.rows())),
+        mean(nullptr),
+        invstd(nullptr),
+        eps(0),
+        per_value(0),
+        per_free_value(0) {}
 
   template <class A>
   __device__ __forceinline__ void operator()(int64_t c, const Moments<A>& m) const {
+    if (packed) {
+      pack(packed, c, m.mean, m.m2, count);
+      if (c == 0) pack_count(packed, count);
+      return;
+    }
     mean[c] = m.mean;
-    if (m2 != nullptr) m2[c] = m.m2;
-    if (invstd == nullptr) return;
     invstd[c] = 1 / sqrt(m.m2 * per_value + eps);
     move(c, m.mean, m.m2 * per_free_value);
   }

@@ -40,6 +40,17 @@ __device__ __forceinline__ void write(const PerChannel& t, int64_t c, double val
   }
 }
 
+// The moments of one channel, and what is the same for all of them; as in cpu/moments.h.
+__device__ __forceinline__ void pack(const PackedMoments& to, int64_t c, double mean, double m2, double count) {
+  write(to.mean, c, mean);
+  write(to.mean_rest, c, rest_of(mean));
+  write(to.deviation, c, count > 0 ? sqrt(m2 / count) : 0.0);
+}
+__device__ __forceinline__ void pack_count(const PackedMoments& to, double count) {
+  write(to.count, 0, count);
+  write(to.count_rest, 0, rest_of(count));
+}
+
 // One channel's transform. The mean is a pair of floats: float32 alone loses the difference once mean / std passes 1e4.
 template <class A>
 struct Affine {

@@ -303,32 +303,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_frozen(
 }
 
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor> batch_norm_stats(const at::Tensor& x_in) {
+at::Tensor batch_norm_stats(const at::Tensor& x_in) {
   const Checker check("bnfused::batch_norm_stats", x_in);
   const at::Tensor x = dense(x_in);
   const Problem p = problem_of(x);
-  const auto statistics = x.options().dtype(at::kDouble);
-  const at::Tensor mean = at::empty({p.channels}, statistics), m2 = at::empty({p.channels}, statistics);
-  Backend::batch_norm_stats({p, x.const_data_ptr(), mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>()},
-                            x.device());
-  return {mean, m2};
+  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor moments = empty_beside(x, {packed_size(p.channels, dtype == at::kDouble)}, dtype);
+  Backend::batch_norm_stats(
+      {p, x.const_data_ptr(), packed_at(moments.mutable_data_ptr(), p.channels, dtype_of(moments))}, x.device());
+  return moments;
 }
 
 template <class Backend>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
-    const at::Tensor& mean_in, const at::Tensor& m2_in, const at::Tensor& count, const OptionalTensor& running_mean_in,
-    const OptionalTensor& running_var_in, const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
+    const at::Tensor& moments_in, const OptionalTensor& running_mean_in, const OptionalTensor& running_var_in,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& merged, std::optional<double> momentum) {
   const char* op = "bnfused::batch_norm_gather_stats";
-  TORCH_CHECK(mean_in.dim() == 2, op, ": expected mean of shape [parts, C], got ", mean_in.sizes());
-  const int64_t parts = mean_in.size(0), channels = mean_in.size(1);
+  const auto dtype = moments_in.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, op, ": expected moments of float32 or float64, got ", dtype);
+  const int64_t size = moments_in.dim() == 2 ? moments_in.size(1) : 0;
+  const bool of_float64 = dtype == at::kDouble;
+  const int64_t channels = of_float64 ? (size - 1) / 2 : (size - 2) / 3;
+  TORCH_CHECK(size > 0 && size == packed_size(channels, of_float64), op, ": expected moments of shape [parts, ",
+              of_float64 ? "2 C + 1" : "3 C + 2", "], got ", moments_in.sizes());
   const auto expect = [&](const at::Tensor& t, const char* name, at::IntArrayRef sizes, bool fits, const char* dtype) {
     TORCH_CHECK(t.sizes() == sizes, op, ": expected ", name, " of shape ", sizes, ", got ", t.sizes());
     TORCH_CHECK(fits, op, ": expected ", name, " of ", dtype, ", got ", t.scalar_type());
-    TORCH_CHECK(t.device() == mean_in.device(), op, ": expected ", name, " on ", mean_in.device(), ", got ",
+    TORCH_CHECK(t.device() == moments_in.device(), op, ": expected ", name, " on ", moments_in.device(), ", got ",
                 t.device());
-  };
-  const auto expect_gathered = [&](const at::Tensor& t, const char* name, at::IntArrayRef sizes) {
-    expect(t, name, sizes, t.scalar_type() == at::kDouble, "float64");
   };
   const auto expect_running = [&](const OptionalTensor& t, const char* name) {
     if (!t) return;
@@ -336,31 +338,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
     const bool known = dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
     expect(*t, name, {channels}, known, "float16, bfloat16, float32 or float64");
   };
-  expect_gathered(mean_in, "mean", {parts, channels});
-  expect_gathered(m2_in, "m2", {parts, channels});
-  expect_gathered(count, "count", {parts});
   expect_running(running_mean_in, "running_mean");
   expect_running(running_var_in, "running_var");
-  Checker(op, mean_in).count(num_batches_tracked);
+  Checker(op, moments_in).count(num_batches_tracked);
+  if (merged) {
+    expect(*merged, "merged", {size}, merged->scalar_type() == dtype, "the dtype of moments");
+    TORCH_CHECK(merged->is_contiguous(), op, ": expected merged to be contiguous");
+  }
   TORCH_CHECK(momentum || num_batches_tracked, op, ": expected num_batches_tracked beside momentum None, got None");
 
-  // Parts may lie apart from each other, as they do in what one collective has gathered; the channels of one may not.
-  const auto with_channels_together = [](const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); };
-  const at::Tensor mean = with_channels_together(mean_in), m2 = with_channels_together(m2_in);
+  const at::Tensor moments = moments_in.contiguous();
   const OptionalTensor running_mean = contiguous(running_mean_in), running_var = contiguous(running_var_in);
-  const at::Tensor batch_mean = empty_beside(mean, {channels}, at::kDouble);
-  const at::Tensor batch_var = empty_beside(mean, {channels}, at::kDouble);
-  const at::Tensor batch_count = empty_beside(mean, {}, at::kDouble);
+  const at::Tensor batch_mean = empty_beside(moments, {channels}, at::kDouble);
+  const at::Tensor batch_var = empty_beside(moments, {channels}, at::kDouble);
+  const at::Tensor batch_count = empty_beside(moments, {}, at::kDouble);
 
   GatherArgs args{};
-  args.parts = parts;
+  args.parts = moments.size(0);
   args.channels = channels;
-  args.mean = mean.const_data_ptr<double>();
-  args.m2 = m2.const_data_ptr<double>();
-  args.count = count.const_data_ptr<double>();
-  args.mean_stride = mean.stride(0);
-  args.m2_stride = m2.stride(0);
-  args.count_stride = count.stride(0);
+  args.moments = packed_at(const_cast<void*>(moments.const_data_ptr()), channels, dtype_of(moments));  // as read()
+  args.stride = size;
+  if (merged) args.merged = packed_at(merged->mutable_data_ptr(), channels, dtype_of(moments));
   args.running_mean = written(running_mean);
   args.running_var = written(running_var);
   args.num_batches_tracked = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
@@ -369,7 +367,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
   args.batch_count = batch_count.mutable_data_ptr<double>();
   args.momentum = momentum.value_or(0);
   args.cumulative = !momentum.has_value();
-  Backend::batch_norm_gather_stats(args, mean.device());
+  Backend::batch_norm_gather_stats(args, moments.device());
   copy_back(running_mean, running_mean_in);
   copy_back(running_var, running_var_in);
   return {batch_mean, batch_var, batch_count};

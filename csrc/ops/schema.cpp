@@ -25,12 +25,13 @@ void define(torch::Library& m) {
       "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "Tensor? residual, float eps, int activation, float activation_param) -> Tensor y",
       {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout});
-  // The four below are batch norm in parts, for a batch that is spread over processes.
-  m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor m2)", {at::Tag::pt2_compliant_tag});
-  // The moments are float64, (parts, C) and (parts). momentum None is the cumulative average.
+  // The five below are batch norm in parts, for a batch that is spread over processes.
+  // Mean, standard deviation and count, packed as PackedMoments in csrc/batch_norm.h says.
+  m.def("batch_norm_stats(Tensor x) -> Tensor moments", {at::Tag::pt2_compliant_tag});
+  // The moments of every part, one part a row; merged, if there, gets those of all of them, packed too.
   m.def(
-      "batch_norm_gather_stats(Tensor mean, Tensor m2, Tensor count, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum) -> (Tensor batch_mean, "
+      "batch_norm_gather_stats(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, Tensor(d!)? merged, float? momentum) -> (Tensor batch_mean, "
       "Tensor batch_var, Tensor batch_count)",
       {at::Tag::pt2_compliant_tag});
   // As batch_norm_frozen, with statistics in float64.

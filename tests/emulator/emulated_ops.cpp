@@ -50,6 +50,11 @@ class DeviceMemory {
   PerChannel output(const char* name, const PerChannel& t, int64_t channels) {
     return {output(name, t.data, channels * detail::size_of(t.dtype)), t.dtype};
   }
+  PackedMoments output(const PackedMoments& host, int64_t channels) {
+    const PerChannel& first = host.mean;
+    return packed_at(output("moments", first, packed_size(channels, first.dtype == DType::kFloat64)).data, channels,
+                     first.dtype);
+  }
   PerChannel updated(const char* name, const PerChannel& t, int64_t channels) {
     return {updated(name, t.data, channels * detail::size_of(t.dtype)), t.dtype};
   }
@@ -150,12 +155,10 @@ struct Emulated {
   static void batch_norm_stats(const MomentsArgs& host, c10::Device) {
     const std::lock_guard lock(one_device);
     const Problem& p = host.problem;
-    const auto doubles = p.channels * static_cast<int64_t>(sizeof(double));
     DeviceMemory memory;
     MomentsArgs args = host;
     args.x = memory.input("x", host.x, bytes_of(p));
-    args.mean = memory.output("mean", host.mean, doubles);
-    args.m2 = memory.output("m2", host.m2, doubles);
+    args.moments = memory.output(host.moments, p.channels);
 
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
     const Plan plan = plan_stats(p, cuda::request_of(args), limits());
@@ -170,15 +173,11 @@ struct Emulated {
     const std::lock_guard lock(one_device);
     const int64_t c = host.channels;
     constexpr auto kDouble = static_cast<int64_t>(sizeof(double));
-    // From the first part to the end of the last.
-    const auto bytes = [&](int64_t stride, int64_t values) {
-      return host.parts > 0 && values > 0 ? ((host.parts - 1) * stride + values) * kDouble : 0;
-    };
     DeviceMemory memory;
     GatherArgs args = host;
-    args.mean = memory.input("mean", host.mean, bytes(host.mean_stride, c));
-    args.m2 = memory.input("m2", host.m2, bytes(host.m2_stride, c));
-    args.count = memory.input("count", host.count, bytes(host.count_stride, 1));
+    const PerChannel all = memory.input("moments", host.moments.mean, host.parts * host.stride);
+    args.moments = packed_at(all.data, c, all.dtype);
+    if (host.merged) args.merged = memory.output(host.merged, c);
     args.running_mean = memory.updated("running_mean", host.running_mean, c);
     args.running_var = memory.updated("running_var", host.running_var, c);
     args.num_batches_tracked = memory.updated("num_batches_tracked", host.num_batches_tracked, sizeof(int64_t));

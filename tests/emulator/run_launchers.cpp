@@ -226,28 +226,31 @@ class Memory {
 cudaError_t gather(const Case& c, const void* x, const RunningArgs& running, double* mean, double* var,
                    Memory& memory) {
   const Problem& p = c.problem;
-  const auto doubles = p.channels * static_cast<int64_t>(sizeof(double));
-  const MomentsArgs args{p, x, static_cast<double*>(memory.result("part_mean", doubles)),
-                         static_cast<double*>(memory.result("part_m2", doubles))};
+  const DType packed = p.dtype == kDouble ? kDouble : kFloat;
+  const int64_t size = packed_size(p.channels, packed == kDouble);
+  const MomentsArgs args{p, x, packed_at(memory.result("part", size, packed).data, p.channels, packed)};
   const Plan plan = plan_stats(p, cuda::request_of(args), c.device);
   const cudaError_t status = cuda::batch_norm_stats(args, plan, memory.workspace(plan, p), nullptr);
   if (status != cudaSuccess) return status;
 
   constexpr int64_t kParts = 3;
-  // A mean, an m2 and a count of each, one behind the other, as a collective gathers them.
-  const int64_t stride = 2 * p.channels + 1;
-  auto* gathered = static_cast<double*>(memory.numbers("gathered", kParts * stride, kDouble));
-  for (int64_t i = 0; i < kParts * stride; ++i) {
-    if (i % stride >= p.channels)
-      gathered[i] = i % stride < 2 * p.channels ? std::fabs(gathered[i]) : 5.0 * (i / stride);
-  }
   GatherArgs all{};
   all.parts = kParts;
   all.channels = p.channels;
-  all.mean = gathered;
-  all.m2 = gathered + p.channels;
-  all.count = gathered + 2 * p.channels;
-  all.mean_stride = all.m2_stride = all.count_stride = stride;
+  all.moments = packed_at(memory.numbers("gathered", kParts * size, packed), p.channels, packed);
+  all.stride = size;
+  for (int64_t part = 0; part < kParts; ++part) {
+    const auto set_count = [&](auto* count, auto* rest) {
+      count[part * size] = 5 * part;
+      if (rest != nullptr) rest[part * size] = 0;
+    };
+    if (packed == kDouble) {
+      set_count(static_cast<double*>(all.moments.count.data), static_cast<double*>(nullptr));
+    } else {
+      set_count(static_cast<float*>(all.moments.count.data), static_cast<float*>(all.moments.count_rest.data));
+    }
+  }
+  all.merged = packed_at(memory.result("merged", size, packed).data, p.channels, packed);
   all.running_mean = running.mean;
   all.running_var = running.var;
   all.num_batches_tracked = running.counter;
