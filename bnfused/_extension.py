@@ -27,6 +27,7 @@ OPS = (
     "batch_norm_stats",
     "batch_norm_gather_stats",
     "batch_norm_apply",
+    "batch_norm_backward_reduce",
     "batch_norm_backward_apply",
 )
 

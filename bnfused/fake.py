@@ -210,6 +210,32 @@ def _apply(
     return torch.empty_like(x), invstd, mask
 
 
+def _backward_reduce(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    activation: int,
+    activation_param: float,
+) -> Tensor:
+    check_devices(
+        "batch_norm_backward_reduce",
+        x,
+        grad_y=grad_y,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        mean=mean,
+        invstd=invstd,
+        mask=mask,
+    )
+    return x.new_empty(2, x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
 def _backward_apply(
     grad_y: Tensor,
     x: Tensor,
@@ -219,8 +245,8 @@ def _backward_apply(
     mean: Tensor,
     invstd: Tensor,
     mask: Tensor | None,
-    mean_grad: Tensor,
-    mean_grad_xhat: Tensor,
+    sums: Tensor,
+    count: Tensor,
     activation: int,
     activation_param: float,
     output_mask: tuple[bool, bool],
@@ -235,8 +261,8 @@ def _backward_apply(
         mean=mean,
         invstd=invstd,
         mask=mask,
-        mean_grad=mean_grad,
-        mean_grad_xhat=mean_grad_xhat,
+        sums=sums,
+        count=count,
     )
     need_x, need_residual = output_mask
     return (
@@ -254,4 +280,5 @@ def register(library: str = "bnfused") -> None:
     torch.library.register_fake(f"{library}::batch_norm_stats", _stats)
     torch.library.register_fake(f"{library}::batch_norm_gather_stats", _gather_stats)
     torch.library.register_fake(f"{library}::batch_norm_apply", _apply)
+    torch.library.register_fake(f"{library}::batch_norm_backward_reduce", _backward_reduce)
     torch.library.register_fake(f"{library}::batch_norm_backward_apply", _backward_apply)

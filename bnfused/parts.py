@@ -218,7 +218,7 @@ def batch_norm_backward_reduce(
     mask: Tensor | None = None,
     activation: str | None = None,
     activation_param: float | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The sums over this part that its gradients, and those of the other parts, are made of.
 
     With ``g = grad_y * act'(z)`` and ``xhat = (input - mean) * invstd``. The sums are also this part's share of the
@@ -232,27 +232,20 @@ def batch_norm_backward_reduce(
         the others: as they were in the forward.
 
     Returns:
-        ``sum g`` and ``sum g * xhat``, ``(C,)``, float32 (float64 beside float64).
+        ``(2, C)``, float32 (float64 beside float64): ``sum g`` and ``sum g * xhat``.
 
     Raises:
         RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
     """
     _check_input_of_backward(input)
     code, param = activations.resolve(activation, activation_param)
-    of_sums = torch.float64 if input.dtype == torch.float64 else torch.float32
     if _has_kernel(input):
-        # Sums have the dtype of the parameters that they are gradients of, and 16 bits are too few to be added on.
-        weight, bias = (None if t is None else t.to(of_sums) for t in (weight, bias))
-        _, sum_grad_xhat, sum_grad, _ = _op("batch_norm_backward")(
-            *(grad_y, input, weight, bias, residual, mean, invstd, mask, code, param),
-            False,
-            (False, True, True, False),
-        )
-        return sum_grad, sum_grad_xhat
+        args = (grad_y, input, weight, bias, residual, mean, invstd, mask, code, param)
+        return _op("batch_norm_backward_reduce")(*args)
     g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, mask, code, param)
     xhat = (input.to(g.dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
     dims = [0, *range(2, input.dim())]
-    return g.sum(dims).to(of_sums), (g * xhat).sum(dims).to(of_sums)
+    return torch.stack([g.sum(dims), (g * xhat).sum(dims)]).to(_dtype_of_moments(input))
 
 
 @torch.no_grad()
@@ -261,8 +254,7 @@ def batch_norm_backward_apply(
     input: Tensor,
     mean: Tensor,
     invstd: Tensor,
-    sum_grad: Tensor,
-    sum_grad_xhat: Tensor,
+    sums: Tensor,
     count: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -273,10 +265,10 @@ def batch_norm_backward_apply(
     activation_param: float | None = None,
     output_mask: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """``grad_x = weight * invstd * (g - sum_grad / count - xhat * sum_grad_xhat / count)`` and ``grad_residual = g``.
+    """``grad_x = weight * invstd * (g - sums[0] / count - xhat * sums[1] / count)`` and ``grad_residual = g``.
 
     Args:
-        sum_grad, sum_grad_xhat: ``(C,)``, the sums of ``batch_norm_backward_reduce`` over all parts.
+        sums: those of ``batch_norm_backward_reduce`` added up over all parts.
         count: float64 of one element, from ``batch_norm_gather_stats``.
         output_mask: which of the two is wanted; one that is not has no elements.
         the others: as for ``batch_norm_backward_reduce``.
@@ -289,13 +281,10 @@ def batch_norm_backward_apply(
     """
     _check_input_of_backward(input)
     code, param = activations.resolve(activation, activation_param)
-    count = count.clamp(min=1)
-    mean_grad, mean_grad_xhat = sum_grad.to(mean.dtype) / count, sum_grad_xhat.to(mean.dtype) / count
     if _has_kernel(input):
-        return _op("batch_norm_backward_apply")(
-            *(grad_y, input, weight, bias, residual, mean, invstd, mask, mean_grad, mean_grad_xhat, code, param),
-            output_mask,
-        )
+        args = (grad_y, input, weight, bias, residual, mean, invstd, mask, sums, count, code, param, output_mask)
+        return _op("batch_norm_backward_apply")(*args)
+    mean_grad, mean_grad_xhat = sums.to(mean.dtype) / count.clamp(min=1)
     g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, mask, code, param)
     xhat = (input.to(g.dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
     grad_x = g - _per_channel(mean_grad, input) - xhat * _per_channel(mean_grad_xhat, input)

@@ -331,16 +331,15 @@ def _backward(
         "activation": activation,
         "activation_param": activation_param,
     }
-    sum_grad, sum_grad_xhat = parts.batch_norm_backward_reduce(grad_y, x, mean, invstd, **forward)
-    finish = _start_all_reduce(torch.stack([sum_grad, sum_grad_xhat]), group) if need_x else None
-    grad_weight = sum_grad_xhat.to(weight.dtype) if need_weight and weight is not None else None
-    grad_bias = sum_grad.to(bias.dtype) if need_bias and bias is not None else None
-    if finish is not None:
-        sum_grad, sum_grad_xhat = finish().unbind()
+    own_sums = parts.batch_norm_backward_reduce(grad_y, x, mean, invstd, **forward)
+    finish = _start_all_reduce(own_sums.clone(), group) if need_x else None
+    grad_bias = own_sums[0].to(bias.dtype, copy=True) if need_bias and bias is not None else None
+    grad_weight = own_sums[1].to(weight.dtype, copy=True) if need_weight and weight is not None else None
+    sums = own_sums if finish is None else finish()
     grad_x = grad_residual = None
     if need_x or need_residual:
         grad_x, grad_residual = parts.batch_norm_backward_apply(
-            *(grad_y, x, mean, invstd, sum_grad, sum_grad_xhat, count),
+            *(grad_y, x, mean, invstd, sums, count),
             output_mask=(need_x, need_residual),
             **forward,
         )
@@ -384,9 +383,9 @@ def _passes(x: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, mask: Tensor
     """Where ReLU lets a gradient through, like ``x``; None without a mask, whose order each backend knows."""
     if mask is None:
         return None
-    none = torch.zeros_like(mean)
+    none = mean.new_zeros(2, mean.numel(), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     _, gradients = parts.batch_norm_backward_apply(
-        *(torch.ones_like(x), x, mean, invstd, none, none, count),
+        *(torch.ones_like(x), x, mean, invstd, none, count),
         mask=mask,
         activation="relu",
         output_mask=(False, True),

@@ -137,9 +137,10 @@ struct BackwardArgs {
   PerChannel weight, bias;
   const double *mean, *invstd;
   bool training;  // the statistics came from x, so that gradients flow through them
-  // Means of g and of g * xhat over the whole batch, (channels), where x is only a part of it, and then the gradients
-  // of the parameters are not asked for; or nullptr.
-  const double *mean_grad, *mean_grad_xhat;
+  // Sums of g and of g * xhat over the whole batch, where x is only a part of it, and how many values of a channel that
+  // has; then the gradients of the parameters are not asked for. Or none.
+  PerChannel sum_grad, sum_grad_xhat;
+  const double* batch_count;
   void *grad_x, *grad_residual;
   PerChannel grad_weight, grad_bias;
   Epilogue epilogue;

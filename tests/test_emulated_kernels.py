@@ -382,9 +382,9 @@ def in_parts(inputs, activation):
     mean, var, _ = run("batch_norm_gather_stats", moments, *state, None, None)
     _, invstd, mask = run("batch_norm_apply", x, weight, bias, mean, var, residual, 1e-5, activation, 0.0)
     saved = (torch.randn_like(x), x, weight, bias, residual, mean, invstd, mask)
-    run("batch_norm_backward", *saved, activation, 0.0, False, [False, True, True, False])
-    means = (torch.randn_like(mean), torch.randn_like(mean))
-    run("batch_norm_backward_apply", *saved, *means, activation, 0.0, [True, residual is not None])
+    run("batch_norm_backward_reduce", *saved, activation, 0.0)
+    of_batch = (torch.randn(2, x.shape[1]).to(moments.dtype), torch.tensor(2.0 * x.numel(), dtype=torch.float64))
+    run("batch_norm_backward_apply", *saved, *of_batch, activation, 0.0, [True, residual is not None])
     return launches
 
 
@@ -404,7 +404,7 @@ def test_bytes_in_parts(layout, activation, residual):
         "batch_norm_stats": ({"x": a}, {}),
         "batch_norm_gather_stats": ({}, {}),
         "batch_norm_apply": ({"x": a} | added, {"y": a} | mask),
-        "batch_norm_backward": (needed, {}),
+        "batch_norm_backward_reduce": (needed, {}),
         "batch_norm_backward_apply": (needed, {"grad_x": a} | ({"grad_residual": a} if residual else {})),
     }
     launches = in_parts(inputs, activation)

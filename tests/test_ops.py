@@ -43,9 +43,13 @@ SCHEMAS = {
         "bnfused::batch_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, "
         "float eps, int activation, float activation_param) -> (Tensor y, Tensor invstd, Tensor mask)"
     ),
+    "batch_norm_backward_reduce": (
+        "bnfused::batch_norm_backward_reduce(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
+        "Tensor mean, Tensor invstd, Tensor? mask, int activation, float activation_param) -> Tensor sums"
+    ),
     "batch_norm_backward_apply": (
         "bnfused::batch_norm_backward_apply(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
-        "Tensor mean, Tensor invstd, Tensor? mask, Tensor mean_grad, Tensor mean_grad_xhat, int activation, "
+        "Tensor mean, Tensor invstd, Tensor? mask, Tensor sums, Tensor count, int activation, "
         "float activation_param, bool[2] output_mask) -> (Tensor grad_x, Tensor grad_residual)"
     ),
     "batch_norm_backward": (

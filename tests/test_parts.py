@@ -60,11 +60,10 @@ def test_composed_by_hand(device, layout, dtype, activation, residual):
         sums.append(parts.batch_norm_backward_reduce(g, x, mean, invstd, **forward))
         kept.append((g, x, invstd, forward))
         found["y"].append(y)
-    grad_bias, grad_weight = (sum(s) for s in zip(*sums, strict=True))
+    all_sums = sum(sums)
+    grad_bias, grad_weight = all_sums
     for g, x, invstd, forward in kept:
-        grad_x, grad_residual = parts.batch_norm_backward_apply(
-            g, x, mean, invstd, grad_bias, grad_weight, count, **forward
-        )
+        grad_x, grad_residual = parts.batch_norm_backward_apply(g, x, mean, invstd, all_sums, count, **forward)
         found["grad_x"].append(grad_x)
         found["grad_residual"].append(grad_residual)
 

@@ -744,8 +744,10 @@ def test_the_collective_is_under_way_while_parameters_get_their_gradients(four, 
     """It begins once the sums are there, and is waited for by what needs its result, the gradient of x, alone."""
     p = cases.make((6, 4, 5), dtype=torch.bfloat16)
     for log in four.run(backward, [(q, 2) for q in split(p, [2, 4], "contiguous")]):
-        order = [log.index(name) for name in ("batch_norm_backward", begin, end, "batch_norm_backward_apply")]
+        order = [log.index(name) for name in ("batch_norm_backward_reduce", begin, end, "batch_norm_backward_apply")]
         assert order == sorted(order), log
+        assert set(log[order[0] + 1 : order[1]]) <= {"clone", "allreduce_"}, log
+        assert order[3] == order[2] + 1, log
         meanwhile = log[order[1] : order[2]]
         assert sum(name in ("_to_copy", "convert_element_type") for name in meanwhile) == 2, log
 

@@ -23,7 +23,7 @@ Backward kind_of(const BackwardArgs& args) {
 }
 
 bool needs_sums(const BackwardArgs& args) {
-  return args.grad_weight || args.grad_bias || (args.training && args.grad_x && !args.mean_grad);
+  return args.grad_weight || args.grad_bias || (args.training && args.grad_x && !args.sum_grad);
 }
 
 // Sums of g and of g * (x - mean as the leaves know it).
@@ -63,7 +63,10 @@ void center(const BackwardArgs& args, int64_t c, double mean_grad, double mean_g
 template <class A>
 GradAffine<A> recompute(const BackwardArgs& args, int64_t c) {
   GradAffine<A> a{affine<A>(args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0))};
-  if (args.mean_grad) center(args, c, args.mean_grad[c], args.mean_grad_xhat[c], &a);
+  if (args.sum_grad) {
+    const double per_value = 1 / std::max(*args.batch_count, 1.0);
+    center(args, c, read(args.sum_grad, c, 0) * per_value, read(args.sum_grad_xhat, c, 0) * per_value, &a);
+  }
   return a;
 }
 
@@ -73,7 +76,7 @@ void finish(const BackwardArgs& args, double per_row, int64_t c, const GradSums&
   const double g_xhat = (sums.g_d - rest_of_mean(args, c, *a) * sums.g) * args.invstd[c];
   write(args.grad_weight, c, g_xhat);
   write(args.grad_bias, c, sums.g);
-  if (args.training && !args.mean_grad) center(args, c, sums.g * per_row, g_xhat * per_row, a);
+  if (args.training && !args.sum_grad) center(args, c, sums.g * per_row, g_xhat * per_row, a);
 }
 
 template <class T>

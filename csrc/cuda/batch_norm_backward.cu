@@ -34,8 +34,9 @@ GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Wo
                  args.grad_bias,
                  request_of(args).waits() ? slopes : nullptr,
                  1 / double(args.problem.rows()),
-                 args.mean_grad,
-                 args.mean_grad_xhat};
+                 args.sum_grad,
+                 args.sum_grad_xhat,
+                 args.batch_count};
   g.partials = reinterpret_cast<GradSums*>(slopes + args.problem.channels);
   return g;
 }
@@ -89,7 +90,7 @@ BackwardRequest request_of(const BackwardArgs& args) {
           args.grad_x != nullptr,
           args.grad_residual != nullptr,
           args.grad_weight || args.grad_bias,
-          args.mean_grad != nullptr};
+          bool(args.sum_grad)};
 }
 
 cudaError_t batch_norm_backward(const BackwardArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {

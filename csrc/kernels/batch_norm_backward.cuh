@@ -34,10 +34,11 @@ struct GradAffine {
 struct BackwardConstants {
   PerChannel weight, bias;
   const double *mean, *invstd;
-  PerChannel grad_weight, grad_bias;         // out, each or none
-  Slope* slopes;                             // (channels), nullptr where grad_x waits for no sums over x
-  double per_value;                          // 1 / n
-  const double *mean_grad, *mean_grad_xhat;  // of the whole batch, where x is a part of it; or nullptr
+  PerChannel grad_weight, grad_bias;   // out, each or none
+  Slope* slopes;                       // (channels), nullptr where grad_x waits for no sums over x
+  double per_value;                    // 1 / n
+  PerChannel sum_grad, sum_grad_xhat;  // of the whole batch, where x is a part of it, and its n; or none
+  const double* batch_count;
 
   template <class A>
   __device__ __forceinline__ void finish(int64_t c, const GradSums& sums) const {
@@ -57,7 +58,10 @@ struct BackwardConstants {
   __device__ __forceinline__ GradAffine<A> get(int64_t c) const {
     Slope s;
     if (slopes != nullptr) s = slopes[c];
-    if (mean_grad != nullptr) s = slope_of<A>(c, mean_grad[c], mean_grad_xhat[c]);
+    if (sum_grad) {
+      const double of_batch = *batch_count > 1 ? 1 / *batch_count : 1;
+      s = slope_of<A>(c, read(sum_grad, c, 0) * of_batch, read(sum_grad_xhat, c, 0) * of_batch);
+    }
     return {forward<A>(c), A(s.slope), A(s.offset)};
   }
 

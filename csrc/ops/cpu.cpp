@@ -79,5 +79,6 @@ TORCH_LIBRARY_IMPL(bnfused, CPU, m) {
   m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Cpu>);
   m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Cpu>);
   m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Cpu>);
+  m.impl("batch_norm_backward_reduce", bnfused::ops::batch_norm_backward_reduce<Cpu>);
   m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Cpu>);
 }

@@ -168,5 +168,6 @@ TORCH_LIBRARY_IMPL(bnfused, CUDA, m) {
   m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Cuda>);
   m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Cuda>);
   m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Cuda>);
+  m.impl("batch_norm_backward_reduce", bnfused::ops::batch_norm_backward_reduce<Cuda>);
   m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Cuda>);
 }

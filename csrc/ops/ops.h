@@ -85,6 +85,18 @@ class Checker {
     device(t, name);
   }
 
+  void batch_sums(const at::Tensor& sums, const at::Tensor& count) const {
+    const auto dtype = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == x_.size(1) && sums.scalar_type() == dtype &&
+                    sums.is_contiguous(),
+                op_, ": expected sums of shape [2, ", x_.size(1), "] and ", dtype, ", got ", sums.sizes(), " of ",
+                sums.scalar_type());
+    device(sums, "sums");
+    TORCH_CHECK(count.numel() == 1 && count.scalar_type() == at::kDouble, op_,
+                ": expected count to be one float64, got ", count.sizes(), " of ", count.scalar_type());
+    device(count, "count");
+  }
+
   Epilogue epilogue(int64_t activation, double param) const {
     TORCH_CHECK(activation >= 0 && activation < kActivations, op_, ": expected activation in [0, ", kActivations,
                 "), got ", activation);
@@ -386,18 +398,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor
   return {y, saved.invstd, saved.mask};
 }
 
-// The means of g and of g * xhat over a batch of which x is a part.
-struct BatchMeans {
-  const at::Tensor &grad, &grad_xhat;
+// Of a batch of which x is a part: the sums of g and of g * xhat, and the number of values of a channel.
+struct BatchSums {
+  const at::Tensor &sums, &count;
 };
 
-// Shared by the op that sums over x and the one that is given the means.
+inline std::tuple<PerChannel, PerChannel> rows_of(const at::Tensor& sums) {
+  char* data = static_cast<char*>(const_cast<void*>(sums.const_data_ptr()));
+  return {{data, dtype_of(sums)}, {data + sums.size(1) * sums.element_size(), dtype_of(sums)}};
+}
+
+// Shared by the op that sums over x and the one that is given the sums.
 template <class Backend>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_with(
-    const char* op, const BatchMeans* means, const at::Tensor& grad_y_in, const at::Tensor& x_in,
-    const OptionalTensor& weight_in, const OptionalTensor& bias_in, const OptionalTensor& residual_in,
-    const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask, int64_t activation,
-    double activation_param, bool training, std::array<bool, 4> output_mask) {
+    const char* op, const BatchSums* of_batch, const at::Tensor* sums_of_x, const at::Tensor& grad_y_in,
+    const at::Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
+    const OptionalTensor& residual_in, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
+    int64_t activation, double activation_param, bool training, std::array<bool, 4> output_mask) {
   const Checker check(op, x_in);
   check.like_x(grad_y_in, "grad_y");
   check.per_channel(weight_in, "weight");
@@ -405,10 +422,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_w
   check.like_x(residual_in, "residual");
   check.saved_statistic(mean, "mean");
   check.saved_statistic(invstd, "invstd");
-  if (means) {
-    check.saved_statistic(means->grad, "mean_grad");
-    check.saved_statistic(means->grad_xhat, "mean_grad_xhat");
-  }
+  if (of_batch) check.batch_sums(of_batch->sums, of_batch->count);
   const Epilogue epilogue = check.epilogue(activation, activation_param);
   const auto [need_x, need_weight, need_bias, need_residual] = output_mask;
 
@@ -447,12 +461,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_w
   args.mean = mean.const_data_ptr<double>();
   args.invstd = invstd.const_data_ptr<double>();
   args.training = training;
-  args.mean_grad = means ? means->grad.const_data_ptr<double>() : nullptr;
-  args.mean_grad_xhat = means ? means->grad_xhat.const_data_ptr<double>() : nullptr;
+  if (of_batch) {
+    std::tie(args.sum_grad, args.sum_grad_xhat) = rows_of(of_batch->sums);
+    args.batch_count = of_batch->count.const_data_ptr<double>();
+  }
   args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
   if (need_weight) args.grad_weight = written(grad_weight);
   if (need_bias) args.grad_bias = written(grad_bias);
+  if (sums_of_x) std::tie(args.grad_bias, args.grad_weight) = rows_of(*sums_of_x);
   args.epilogue = epilogue;
   Backend::batch_norm_backward(args, x.device());
   return {grad_x, grad_weight, grad_bias, grad_residual};
@@ -463,8 +480,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const at::Tensor& grad_y, const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
     int64_t activation, double activation_param, bool training, std::array<bool, 4> output_mask) {
-  return batch_norm_backward_with<Backend>("bnfused::batch_norm_backward", nullptr, grad_y, x, weight, bias, residual,
-                                           mean, invstd, mask, activation, activation_param, training, output_mask);
+  return batch_norm_backward_with<Backend>("bnfused::batch_norm_backward", nullptr, nullptr, grad_y, x, weight, bias,
+                                           residual, mean, invstd, mask, activation, activation_param, training,
+                                           output_mask);
+}
+
+template <class Backend>
+at::Tensor batch_norm_backward_reduce(const at::Tensor& grad_y, const at::Tensor& x, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                      const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
+                                      int64_t activation, double activation_param) {
+  const char* op = "bnfused::batch_norm_backward_reduce";
+  const Checker check(op, x);  // before x's size is used
+  const at::Tensor sums = empty_beside(x, {2, x.size(1)}, x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  batch_norm_backward_with<Backend>(op, nullptr, &sums, grad_y, x, weight, bias, residual, mean, invstd, mask,
+                                    activation, activation_param, /*training=*/false, {false, false, false, false});
+  return sums;
 }
 
 template <class Backend>
@@ -472,13 +503,13 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_backward_apply(const at::Tensor& g
                                                              const OptionalTensor& weight, const OptionalTensor& bias,
                                                              const OptionalTensor& residual, const at::Tensor& mean,
                                                              const at::Tensor& invstd, const OptionalTensor& mask,
-                                                             const at::Tensor& mean_grad,
-                                                             const at::Tensor& mean_grad_xhat, int64_t activation,
-                                                             double activation_param, std::array<bool, 2> output_mask) {
-  const BatchMeans means{mean_grad, mean_grad_xhat};
+                                                             const at::Tensor& sums, const at::Tensor& count,
+                                                             int64_t activation, double activation_param,
+                                                             std::array<bool, 2> output_mask) {
+  const BatchSums of_batch{sums, count};
   const auto [grad_x, grad_weight, grad_bias, grad_residual] = batch_norm_backward_with<Backend>(
-      "bnfused::batch_norm_backward_apply", &means, grad_y, x, weight, bias, residual, mean, invstd, mask, activation,
-      activation_param, /*training=*/true, {output_mask[0], false, false, output_mask[1]});
+      "bnfused::batch_norm_backward_apply", &of_batch, nullptr, grad_y, x, weight, bias, residual, mean, invstd, mask,
+      activation, activation_param, /*training=*/true, {output_mask[0], false, false, output_mask[1]});
   return {grad_x, grad_residual};
 }
 

@@ -39,10 +39,15 @@ void define(torch::Library& m) {
       "batch_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, float eps, "
       "int activation, float activation_param) -> (Tensor y, Tensor invstd, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
-  // mean_grad and mean_grad_xhat are float64 (C,): the means of g and of g * xhat over the whole batch.
+  // sums are (2, C), float32 (float64 beside float64): those of g and of g * xhat over x, and then over the whole
+  // batch, which has count values of each channel.
+  m.def(
+      "batch_norm_backward_reduce(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor mean, Tensor invstd, Tensor? mask, int activation, float activation_param) -> Tensor sums",
+      {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_backward_apply(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
-      "Tensor invstd, Tensor? mask, Tensor mean_grad, Tensor mean_grad_xhat, int activation, float activation_param, "
+      "Tensor invstd, Tensor? mask, Tensor sums, Tensor count, int activation, float activation_param, "
       "bool[2] output_mask) -> (Tensor grad_x, Tensor grad_residual)",
       {at::Tag::pt2_compliant_tag});
   // A gradient that output_mask does not ask for comes back with no elements.

@@ -257,8 +257,9 @@ struct Emulated {
     args.bias = memory.input("bias", host.bias, c);
     args.mean = memory.input("mean", host.mean, doubles);
     args.invstd = memory.input("invstd", host.invstd, doubles);
-    args.mean_grad = memory.input("mean_grad", host.mean_grad, doubles);
-    args.mean_grad_xhat = memory.input("mean_grad_xhat", host.mean_grad_xhat, doubles);
+    args.sum_grad = memory.input("sum_grad", host.sum_grad, c);
+    args.sum_grad_xhat = memory.input("sum_grad_xhat", host.sum_grad_xhat, c);
+    args.batch_count = memory.input("batch_count", host.batch_count, sizeof(double));
     args.grad_x = memory.output("grad_x", host.grad_x, bytes);
     args.grad_residual = memory.output("grad_residual", host.grad_residual, bytes);
     args.grad_weight = memory.output("grad_weight", host.grad_weight, c);
@@ -286,6 +287,7 @@ TORCH_LIBRARY_IMPL(bnfused_emulated, CPU, m) {
   m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Emulated>);
   m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Emulated>);
   m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Emulated>);
+  m.impl("batch_norm_backward_reduce", bnfused::ops::batch_norm_backward_reduce<Emulated>);
   m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Emulated>);
 }
 
