@@ -149,9 +149,9 @@ def main() -> int:
                 )
             results.append({"shape": shape, "module": name, "seconds": samples, "calls": calls, "bytes": size})
     if rank == 0 and args.json:
-        with open(args.json, "w") as file:
-            run = {"ranks": world, "backend": dist.get_backend(), "threads": torch.get_num_threads()}
-            json.dump({"environment": describe_environment(device), **run, "cells": results}, file)
+        run = {"ranks": world, "backend": dist.get_backend(), "threads": torch.get_num_threads(), "cells": results}
+        text = json.dumps({"environment": describe_environment(device), **run})  # before the file is there
+        Path(args.json).write_text(text + "\n")
     dist.barrier()
     dist.destroy_process_group()
     if status and rank == 0:
