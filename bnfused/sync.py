@@ -319,7 +319,7 @@ def _backward(
     """The four gradients, of which those that are not needed are None; one collective if that of ``x`` is.
 
     It is under way while the gradients of weight and bias, this process's share, are made. That of the residual could
-    be made meanwhile too, but in a pass of its own over the tensor, which takes longer than most collectives.
+    be made meanwhile too, but in a pass of its own over the tensor: now it is one more write in the pass of x's.
     """
     _, activation, activation_param = settings
     need_x, need_weight, need_bias, need_residual = needed
@@ -333,6 +333,7 @@ def _backward(
     }
     own_sums = parts.batch_norm_backward_reduce(grad_y, x, mean, invstd, **forward)
     finish = _start_all_reduce(own_sums.clone(), group) if need_x else None
+    # Copies: gradients must not share memory.
     grad_bias = own_sums[0].to(bias.dtype, copy=True) if need_bias and bias is not None else None
     grad_weight = own_sums[1].to(weight.dtype, copy=True) if need_weight and weight is not None else None
     sums = own_sums if finish is None else finish()
