@@ -60,11 +60,16 @@ _CPU_CACHE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: what it does, and how many blocks of how many threads do it."""
+    """One kernel: what it does, how many blocks of how many threads do it, and how many of them are a cluster."""
 
     kernel: str
     blocks: int
     threads: int
+    cluster: int = 1
+
+    def __str__(self) -> str:
+        clusters = f", in clusters of {self.cluster}" if self.cluster > 1 else ""
+        return f"{self.kernel}: {self.blocks} blocks of {self.threads} threads{clusters}"
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,7 @@ class Explanation:
             if it is None:
                 continue
             lines.append(f"{name:9s} {it.strategy}: {it.why}")
-            for launch in it.launches:
-                lines.append(f"          launch {launch.kernel}: {launch.blocks} blocks of {launch.threads} threads")
+            lines += [f"          launch {launch}" for launch in it.launches]
             bound = "" if it.seconds is None else f", at least {_time(it.seconds)} at the device's bandwidth"
             lines.append(f"          reads {_size(it.bytes_read)}, writes {_size(it.bytes_written)}{bound}")
         if self.backward is not None:
@@ -255,7 +259,9 @@ def _cuda_pass(
     moved = plan["bytes_read"] + plan["bytes_written"]
     return Pass(
         strategy=plan["strategy"],
-        launches=tuple(Launch(it["kernel"], it["blocks"], it["threads"]) for it in plan["launches"]),
+        launches=tuple(
+            Launch(it["kernel"], it["blocks"], it["threads"], it.get("cluster", 1)) for it in plan["launches"]
+        ),
         bytes_read=plan["bytes_read"],
         bytes_written=plan["bytes_written"],
         seconds=moved / limits.bandwidth if limits.bandwidth else None,

@@ -6,9 +6,10 @@
 //
 //   kSmall      one launch: a block has all values of its channels, sums them, and applies what follows from the sums,
 //               reading again what it has just read (from the L1 or L2 cache)
-//   kResident   one launch: the blocks that share a channel keep what they have read in shared memory, wait for the
-//               last of them to merge the partial sums in a fixed order, and apply; what does not fit they read again,
-//               last-read first. What they keep of their next channel they read meanwhile
+//   kResident   one launch: the blocks that share a channel keep what they have read in shared memory, wait for one of
+//               them to merge the partial sums in a fixed order, and apply; what does not fit they read again,
+//               last-read first. What they keep of their next channel they read meanwhile. They exchange the sums
+//               through memory, or, where they are a cluster, through their shared memory
 //   kStreaming  two launches: the values of a channel are split over blocks, the last of which merges the partial sums
 //               in a fixed order; the second launch applies, last-read first
 //   kApply      one launch: nothing to sum (eval; the gradient of x under given statistics)
@@ -26,6 +27,7 @@ struct DeviceLimits {
   int compute_capability;     // 90 for sm_90
   int64_t shared_per_sm = 0;  // bytes of shared memory; 0 where it is not known, and nothing is kept on chip
   bool cooperative = true;    // blocks of a launch may wait for each other
+  bool clusters = true;       // and reach each other's shared memory, if the compute capability has clusters
 };
 
 enum class Strategy : int32_t { kEmpty, kSmall, kStreaming, kApply, kReduce, kResident };
@@ -84,9 +86,10 @@ struct Flat {
 
 // What stays on chip between the two passes of kSmall and kResident, which are the same kernels. The blocks of a team
 // share a tile of columns, or a channel, and take every teams-th of them; `parts` of Rows and Planes are the blocks of
-// a team.
+// a team, one behind the other in the grid.
 struct Residency {
   uint32_t teams;
+  uint32_t cluster;      // blocks of a cluster: a team, or 1 where teams of several exchange their sums through memory
   uint32_t steps;        // units that a thread keeps: the first that it reads, for the last are those that caches have
   uint32_t ahead;        // the first of them, those of the next tile have room beside those of this one
   uint32_t keeps_bytes;  // dynamic shared memory that they take
@@ -162,8 +165,8 @@ constexpr uint32_t kApplyBlocksPerSm = 16;
 constexpr uint32_t kMergeColumns = 32;  // of a block: a warp reads 256 bytes of a part in a row
 constexpr uint32_t kRowsPerThread = 8;  // at least, so that the constants of 8 channels are worth their set-up
 
-// Waiting for the last block of a team costs about what a second launch does; each further wait in which nothing else
-// can run has to save what a GPU's memory moves in 3 us.
+// Waiting through memory for the last block of a team costs about what a second launch does; each further wait in which
+// nothing else can run has to save what a GPU's memory moves in 3 us. The barrier of a cluster is taken for free.
 constexpr int64_t kWaitBytes = 8 * 1024 * 1024;
 
 inline int64_t size_of(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
@@ -232,26 +235,44 @@ inline int64_t table_bytes(const Rows& s) { return int64_t(s.tile) * kUnitValues
 // Blocks of the kernels of kResident on an SM, by their registers: what their launch bounds promise.
 inline int resident_blocks_per_sm(DType t, bool rows) { return t == DType::kFloat64 || rows ? 1 : 2; }
 
-// The blocks and what they keep of `tiles` tiles, or channels, of `length` units a column, of which a block reads
-// `at_once` in one step.
-struct Cut {
-  Residency residency;
-  uint32_t parts;
-  uint64_t kept;  // units of a column
+// Tiles, or channels, to be shared out among blocks.
+struct Tiles {
+  uint32_t count;
+  uint64_t length;      // units of a column
+  uint32_t at_once;     // units of a column that a block reads in one step
+  uint32_t threads;     // of a block
+  uint64_t most_parts;  // of a tile: more would have too little to do
+  bool together;        // no tile can be finished without the others
+  int64_t unit_bytes;   // of the tensors that are kept, together
+  int64_t other_shared;
+
+  // Units that a thread can keep, of `on_sm` blocks on an SM.
+  uint64_t steps(const DeviceLimits& device, int on_sm) const {
+    const int64_t shared = device.shared_per_sm / on_sm - kReservedShared - other_shared;
+    return uint64_t(std::max<int64_t>(0, shared) / (threads * unit_bytes));
+  }
 };
 
-// `together`: no tile can be finished without the others.
-inline Cut cut_of(uint32_t tiles, uint64_t length, uint32_t at_once, uint64_t most_parts, uint64_t blocks,
-                  uint64_t most_steps, bool together) {
-  const uint64_t capacity = most_steps * at_once;
+// The blocks, and what they keep.
+struct Cut {
+  Residency residency{};
+  uint32_t parts = 0;
+  uint64_t kept = 0;        // units of a column
+  uint64_t most_steps = 0;  // that a thread could keep
+  double busy = 0;    // of the blocks that there is room for, the share that has work, over all rounds
+};
+
+inline Cut cut_of(const Tiles& t, uint64_t blocks, uint64_t most_steps) {
+  const uint64_t tiles = t.count, length = t.length;
+  const uint64_t capacity = most_steps * t.at_once;
   const uint64_t needed = capacity * blocks < length ? blocks : std::max<uint64_t>(1, ceil_div(length, capacity));
-  const uint64_t most = std::min(std::max(most_parts, needed), ceil_div(length, at_once));
+  const uint64_t most = std::min(std::max(t.most_parts, needed), ceil_div(length, t.at_once));
   Cut c{};
   uint64_t teams = tiles;
   const auto parts_of = [&](uint64_t n) { return std::clamp<uint64_t>(blocks / n, 1, most); };
-  if (!together) {
+  if (!t.together) {
     // As many rounds as leave few blocks without work: the fewest of up to 16 that are within an eighth of the best.
-    const uint64_t fewest = ceil_div(tiles, std::min<uint64_t>(tiles, blocks / needed));
+    const uint64_t fewest = ceil_div(tiles, std::min(tiles, blocks / needed));
     uint64_t busy_best = 0;  // blocks, over all rounds; compared as a share
     uint64_t rounds_best = 1;
     for (uint64_t rounds = fewest; rounds <= std::clamp<uint64_t>(16, fewest, tiles); ++rounds) {
@@ -263,29 +284,62 @@ inline Cut cut_of(uint32_t tiles, uint64_t length, uint32_t at_once, uint64_t mo
     }
   }
   c.parts = uint32_t(parts_of(teams));
-  c.residency.teams = c.parts == 1 ? tiles : uint32_t(teams);  // who waits for nobody needs no place beside the others
-  c.residency.steps = uint32_t(std::min(most_steps, ceil_div(ceil_div(length, c.parts), at_once)));
-  const uint64_t kept = uint64_t(c.residency.steps) * at_once, longer = length % c.parts, shorter = length / c.parts;
+  c.busy = double(tiles * c.parts) / double(ceil_div(tiles, teams) * blocks);
+  c.residency.teams = uint32_t(c.parts == 1 ? tiles : teams);  // who waits for nobody needs no place beside the others
+  c.residency.cluster = 1;
+  c.residency.steps = uint32_t(std::min(most_steps, ceil_div(ceil_div(length, c.parts), t.at_once)));
+  const uint64_t kept = uint64_t(c.residency.steps) * t.at_once, longer = length % c.parts, shorter = length / c.parts;
   c.kept = longer * std::min(kept, shorter + 1) + (c.parts - longer) * std::min(kept, shorter);
   return c;
 }
 
 // The best cut for `blocks_per_sm` blocks on an SM where all is kept, else for one, which leaves the most to keep.
-// `unit_bytes`: of the tensors that are kept, together. `fetches`: units of 16 bytes of the next tile can be on their
-// way before this one is finished.
-inline Cut best_cut(const DeviceLimits& device, int blocks_per_sm, int64_t other_shared, int64_t unit_bytes,
-                    uint32_t tiles, uint64_t length, uint32_t at_once, uint32_t threads, uint64_t most_parts,
-                    bool together, bool fetches) {
+inline Cut best_cut(const Tiles& t, const DeviceLimits& device, int blocks_per_sm) {
   Cut cut{};
   for (int on_sm = blocks_per_sm;; --on_sm) {
-    const int64_t shared = device.shared_per_sm / on_sm - kReservedShared - other_shared;
-    const uint64_t steps = uint64_t(std::max<int64_t>(0, shared) / (threads * unit_bytes));
-    cut = cut_of(tiles, length, at_once, most_parts, uint64_t(device.sm_count) * on_sm, steps, together);
-    Residency& r = cut.residency;
-    r.ahead = fetches && r.teams < tiles ? std::min(r.steps, uint32_t(steps) - r.steps) : 0;
-    r.keeps_bytes = uint32_t((r.steps + r.ahead) * threads * unit_bytes);
-    if (cut.kept == length || on_sm == 1) return cut;
+    const uint64_t steps = t.steps(device, on_sm);
+    cut = cut_of(t, uint64_t(device.sm_count) * on_sm, steps);
+    cut.most_steps = steps;
+    if (cut.kept == t.length || on_sm == 1) return cut;
   }
+}
+
+// Of a cluster, in blocks: 8 wherever there are clusters, 16 on the GPUs of data centers.
+inline uint32_t largest_cluster(const DeviceLimits& device) {
+  if (!device.clusters || device.compute_capability < 90) return 1;
+  return device.compute_capability < 110 ? 16 : 8;
+}
+
+// The blocks of a cluster are on the SMs of one GPC, which are these or some more: powers of two leave few of them
+// without work. How many clusters really run at once, launch_resident asks the device.
+constexpr uint32_t kSmsOfGpc = 16;
+
+// Teams that are clusters and keep all of their tiles: as many on an SM, and then as few blocks in each, as leave few
+// blocks without work, as in cut_of. None of it is busy where there is no such cluster.
+inline Cut cut_in_clusters(const Tiles& t, const DeviceLimits& device, int blocks_per_sm) {
+  Cut best{};
+  if (t.together) return best;
+  const uint64_t sms = device.sm_count;
+  for (int on_sm = blocks_per_sm; on_sm >= 1; --on_sm) {
+    const uint64_t steps = t.steps(device, on_sm), capacity = steps * t.at_once;
+    const uint64_t places = (sms < kSmsOfGpc ? sms : sms / kSmsOfGpc * kSmsOfGpc) * on_sm;
+    for (uint32_t cluster = 2; cluster <= std::min<uint64_t>(largest_cluster(device), places); cluster *= 2) {
+      const uint32_t half = cluster / 2;
+      const bool half_would_do = capacity * half >= t.length && half >= t.most_parts;
+      if (capacity * cluster < t.length || half_would_do) continue;
+      const uint64_t rounds = ceil_div(t.count, places / cluster);
+      const double busy = double(uint64_t(t.count) * cluster) / double(rounds * sms * on_sm);
+      if (8 * busy <= 9 * best.busy) continue;
+      best.parts = cluster;
+      best.kept = t.length;
+      best.most_steps = steps;
+      best.busy = busy;
+      best.residency.teams = uint32_t(ceil_div(t.count, rounds));
+      best.residency.cluster = cluster;
+      best.residency.steps = uint32_t(ceil_div(ceil_div(t.length, cluster), t.at_once));
+    }
+  }
+  return best;
 }
 
 // Why a block cannot have all values of its channels, or nullptr where it can.
@@ -329,42 +383,68 @@ inline Rows resident_rows(const Problem& p) {
   return rows_of(p, std::max(1u, 64u / uint32_t(kUnitValues * size_of(p.dtype))), 1);
 }
 
+// Whether what clusters leave idle costs less than a wait through memory. An eighth of the blocks is not missed: the
+// memory is the limit. `bytes`: what a call moves.
+inline bool prefers_clusters(const Cut& clusters, const Cut& others, int64_t bytes) {
+  const double missing = others.busy * 7 / 8 - clusters.busy;
+  return clusters.busy > 0 && double(bytes) * missing <= double(kWaitBytes) * clusters.busy;
+}
+
 // `tensors`: how many a call reads a second time once the sums are known, and may keep.
 inline Plan resident_plan(Plan plan, const Problem& p, int tensors, const DeviceLimits& device) {
   plan.strategy = Strategy::kResident;
   plan.launches = 1;
   const bool rows = p.inner == 1;
-  const int64_t unit_bytes = tensors * kUnitValues * size_of(p.dtype);
   const int blocks_per_sm = resident_blocks_per_sm(p.dtype, rows);
-  const bool fetches = plan.wide && device.compute_capability >= 80;  // kHasCopiesAsync of the kernels
-  uint64_t length;
-  Cut cut;
+  Tiles t{};
+  t.unit_bytes = tensors * kUnitValues * size_of(p.dtype);
+  t.other_shared = static_shared(rows);
   if (rows) {
-    Rows& s = plan.reduce_rows = resident_rows(p);
-    length = s.rows;
-    const uint64_t most_parts = ceil_div(length, uint64_t(s.lanes) * kRowsPerThread);
-    cut = best_cut(device, blocks_per_sm, static_shared(rows) + table_bytes(s), unit_bytes, s.tiles, length, s.lanes,
-                   s.threads, most_parts, s.domains() != s.tiles, fetches);
-    s.parts = cut.parts;
-    plan.partials = int64_t(s.parts) * s.columns * kUnitValues;
-    plan.tickets = 2 * int64_t(s.domains()) + 1;
+    const Rows& s = plan.reduce_rows = resident_rows(p);
+    t.count = s.tiles;
+    t.length = s.rows;
+    t.at_once = s.lanes;
+    t.threads = s.threads;
+    t.together = s.domains() != s.tiles;
+    t.other_shared += table_bytes(s);
   } else {
     Planes& s = plan.planes = planes_of(p, true, device);
-    length = s.units_per_channel;
-    s.threads = uint32_t(std::min<uint64_t>(ceil_div(length, 32) * 32, kThreads));
-    const uint64_t most_parts = ceil_div(length, uint64_t(s.threads) * kRowsPerThread);
-    cut = best_cut(device, blocks_per_sm, static_shared(rows), unit_bytes, s.channels, length, s.threads, s.threads,
-                   most_parts, false, fetches);
-    s.parts = cut.parts;
-    plan.partials = int64_t(s.parts) * s.channels;
-    plan.tickets = 2 * int64_t(s.domains()) + 1;
+    s.threads = uint32_t(std::min<uint64_t>(ceil_div(s.units_per_channel, 32) * 32, kThreads));
+    t.count = s.channels;
+    t.length = s.units_per_channel;
+    t.at_once = t.threads = s.threads;
   }
-  plan.residency = cut.residency;
+  t.most_parts = ceil_div(t.length, uint64_t(t.at_once) * kRowsPerThread);
+
+  Cut cut = best_cut(t, device, blocks_per_sm);
+  if (cut.parts > 1) {
+    const Cut in_clusters = cut_in_clusters(t, device, blocks_per_sm);
+    if (prefers_clusters(in_clusters, cut, (tensors + 1) * p.numel() * size_of(p.dtype))) cut = in_clusters;
+  }
+  Residency& r = plan.residency = cut.residency;
+  // Units of the next tile can be on their way before this one is finished: kHasCopiesAsync of the kernels.
+  const bool fetches = plan.wide && device.compute_capability >= 80;
+  r.ahead = fetches && r.teams < t.count ? std::min(r.steps, uint32_t(cut.most_steps) - r.steps) : 0;
+  r.keeps_bytes = uint32_t((r.steps + r.ahead) * t.threads * t.unit_bytes);
   // Exact but where planes share units: there the units of a channel are taken to have as many values each.
-  plan.residency.values = cut.kept == length ? p.numel() : p.numel() / int64_t(length) * int64_t(cut.kept);
-  plan.why = cut.kept == length ? "what is needed twice stays on chip"
-             : cut.kept > 0     ? "a part of what is needed twice stays on chip"
-                                : "nothing of what is needed twice fits on the chip";
+  plan.residency.values = cut.kept == t.length ? p.numel() : p.numel() / int64_t(t.length) * int64_t(cut.kept);
+  int64_t domains, columns;
+  if (rows) {
+    plan.reduce_rows.parts = cut.parts;
+    domains = plan.reduce_rows.domains();
+    columns = int64_t(plan.reduce_rows.columns) * kUnitValues;
+  } else {
+    plan.planes.parts = cut.parts;
+    domains = columns = plan.planes.channels;
+  }
+  const bool through_memory = cut.parts > cut.residency.cluster || t.together;
+  plan.partials = through_memory ? cut.parts * columns : 0;
+  plan.tickets = through_memory ? 2 * domains + 1 : 1;
+  plan.why = cut.residency.cluster > 1
+                 ? "what is needed twice stays on chip, and the blocks that share a channel are a cluster"
+             : cut.kept == t.length ? "what is needed twice stays on chip"
+             : cut.kept > 0         ? "a part of what is needed twice stays on chip"
+                                    : "nothing of what is needed twice fits on the chip";
   return plan;
 }
 
@@ -407,6 +487,7 @@ inline void choose_reduce(Plan* plan, const Problem& p, bool mask, int tensors, 
       plan->planes = planes_of(p, true, device);
       plan->residency.teams = plan->planes.channels;
     }
+    plan->residency.cluster = 1;
     return;
   }
   plan->strategy = Strategy::kStreaming;

@@ -23,7 +23,8 @@ from emulator.build import ROOT, build
 
 KERNELS = sorted((ROOT / "csrc" / "kernels").glob("*.cuh"))
 SCHEDULES = 6  # emulator/schedules.h
-WAIT = r"(__(syncthreads|syncwarp|threadfence)\w*|cp_async_wait<\d+>)\("  # a barrier, a fence, or for a copy
+# A barrier, a fence, or a wait for a copy.
+WAIT = r"(__(syncthreads|syncwarp|threadfence)\w*|cluster_barrier|cp_async_wait<\d+>)\("
 
 # ------------------------------------------------------------------------------- without torch: run_launchers.cpp
 
@@ -223,11 +224,11 @@ FUSIONS = ({}, {"residual": True, "activation": "relu"}, {"residual": True, "act
 KIB_OF_SHARED = (20, 40, 60, 228)
 
 
-@pytest.mark.parametrize("activation, residual", [(RELU, False), (RELU, True), (SILU, True)])
+@pytest.mark.parametrize("activation, residual, capability", [(RELU, False, 90), (RELU, True, 80), (SILU, True, 90)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(24, 16, 8, 16), (3, 5, 40, 56), (2, 168, 12, 16)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_kept_is_what_was_predicted(layout, shape, dtype, activation, residual):
+def test_what_is_kept_is_what_was_predicted(layout, shape, dtype, activation, residual, capability):
     """The bytes that cross to and from memory are the plan's, whether all, a part or nothing stays on chip.
 
     Traps: a unit that is kept and read again; one that is recalled and was never kept.
@@ -238,7 +239,7 @@ def test_what_is_kept_is_what_was_predicted(layout, shape, dtype, activation, re
     n, c, h, w = shape
     outer, inner = (n, h * w) if layout == "planes" else (n * h * w, 1)
     problem = {"outer": outer, "channels": c, "inner": inner, "dtype": CODES[dtype], "sm_count": 4}
-    problem |= {"compute_capability": 90, "strategy": "resident"}
+    problem |= {"compute_capability": capability, "strategy": "resident"}
     kept = []
     for kib in KIB_OF_SHARED:
         shared = 1024 * kib
@@ -246,7 +247,7 @@ def test_what_is_kept_is_what_was_predicted(layout, shape, dtype, activation, re
         forward = _extension.plan(**request, op="train", mask=masked)
         request |= {"residual": residual and not masked, "grad_residual": residual}
         backwards = _extension.plan(**request, op="backward", mask=masked)
-        with emulated.settings(strategy="resident", shared_per_sm=shared):
+        with emulated.settings(strategy="resident", shared_per_sm=shared, compute_capability=capability):
             (_, *saved), launches = train(*inputs, activation)
             assert [launch.kernel for launch in launches] == [f"batch_norm_resident_{layout}"]
             more = backward(*inputs, activation, saved, [True, True, True, residual])
@@ -254,8 +255,8 @@ def test_what_is_kept_is_what_was_predicted(layout, shape, dtype, activation, re
         for plan, (launch,) in ((forward, launches), (backwards, more)):
             assert sum(moved(launch, "read", TENSORS).values()) == plan["bytes_read"]
             assert sum(moved(launch, "written", TENSORS).values()) == plan["bytes_written"]
-            assert (launch.grid, launch.dynamic_shared) == tuple(
-                plan["launches"][0][name] for name in ("blocks", "shared_bytes")
+            assert (launch.grid, launch.dynamic_shared, launch.cluster) == tuple(
+                plan["launches"][0][name] for name in ("blocks", "shared_bytes", "cluster")
             )
         kept.append(forward["values_kept"])
     assert kept == sorted(kept) and kept[-1] == x.numel()
@@ -265,15 +266,15 @@ def test_what_is_kept_is_what_was_predicted(layout, shape, dtype, activation, re
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [1, 16, 20, 65, 131])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
-@pytest.mark.parametrize("strategy", ["streaming", "resident"])
-def test_every_strategy_agrees_with_the_oracle(backend, strategy, layout, channels, dtype):
+@pytest.mark.parametrize("strategy, capability", [("streaming", 90), ("resident", 80), ("resident", 90)])
+def test_every_strategy_agrees_with_the_oracle(backend, strategy, capability, layout, channels, dtype):
     """Values, gradients and running statistics, of one block and of many that wait for each other, kept and read again.
 
     Traps: a tile's constants that are still those of the tile before; a plane's edge that is kept with its neighbour's.
     """
     shape = (3, channels, 13, 15) if channels < 65 else (3, channels, 5, 7)
     for fused, kib in zip(FUSIONS, (48, 228, 40), strict=True):
-        with emulated.settings(strategy=strategy, shared_per_sm=1024 * kib):
+        with emulated.settings(strategy=strategy, shared_per_sm=1024 * kib, compute_capability=capability):
             checks.check_against_oracle(backend.batch_norm, cases.make(shape, dtype=dtype, layout=layout, **fused))
 
 
@@ -324,27 +325,87 @@ def test_the_next_tile_is_fetched_in_time(backend, op, layout, ahead, dtype, fus
     assert set(read.values()) == {math.prod(shape) * dtype.itemsize}, read
 
 
-def test_blocks_that_wait_have_to_be_there_together():
-    """They pass as a cooperative launch; where being together is only hoped for, the wait without end is reported."""
+@pytest.mark.parametrize(
+    "capability, report",
+    [
+        (80, r"livelock: thread 0 .* wait in __syncthreads"),
+        (90, r"cluster sync at layout.cuh:\d+ of 2 blocks, in a cluster of 1"),
+    ],
+    ids=["through memory", "clusters"],
+)
+def test_blocks_that_wait_have_to_be_there_together(capability, report):
+    """They pass as a cooperative launch or clusters; where being together is only hoped for, that is reported."""
     x = torch.randn(64, 16, 8, 16)
     inputs = x, None, torch.ones(16), torch.zeros(16)
-    few = {"shared_per_sm": 48 * 1024, "resident_blocks": 2, "order": "forward"}
+    few = {"shared_per_sm": 48 * 1024, "resident_blocks": 1, "order": "forward", "compute_capability": capability}
     with emulated.settings(strategy="resident", **few):
         _, (launch,) = train(*inputs, IDENTITY)
-    assert launch.grid > 2
-    report = r"batch_norm_resident_planes, livelock: thread 0 .* wait in __syncthreads"
+    assert launch.grid > 1
+    report = "batch_norm_resident_planes, " + report
     with emulated.settings(strategy="resident", hopes=True, **few), pytest.raises(RuntimeError, match=report):
         train(*inputs, IDENTITY)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_room_to_wait_nobody_waits(layout):
-    """Where others have a part of the device, a cooperative launch is refused, and two launches do the work."""
+def test_clusters_give_the_same_bits(layout):
+    """A team of the same blocks, whether its partial sums go through shared memory or through memory.
+
+    Trap: partial sums in another order than that of the parts.
+    """
     inputs = tensors((64, 2, 16, 32), layout, torch.float32, True)
-    with emulated.settings():
+    launches, results = [], []
+    for capability in (80, 90):
+        with emulated.settings(compute_capability=capability):
+            outputs, (launch,) = train(*inputs, RELU)
+        launches.append(launch)
+        results.append(outputs)
+    without, with_clusters = launches
+    assert without.grid == with_clusters.grid and without.cluster == 1 < with_clusters.cluster
+    assert all(map(torch.equal, *results))
+    assert {"partials", "tickets"} & set(without.written) == {"partials"}
+    assert not {"partials", "tickets"} & (set(with_clusters.read) | set(with_clusters.written))
+
+
+def test_fewer_clusters_than_planned_take_more_tiles_each():
+    """Where others have a part of the device: all that are launched run at once, and give the same bits."""
+    inputs = tensors((64, 16, 8, 16), "planes", torch.float32, True)
+    grids, results = [], []
+    for taken in (0, 2):
+        with emulated.settings(strategy="resident", shared_per_sm=48 * 1024, sms_taken=taken):
+            outputs, (launch,) = train(*inputs, RELU)
+        assert launch.cluster == 2
+        grids.append(launch.grid)
+        results.append(outputs)
+    assert grids == [8, 4]
+    assert all(map(torch.equal, *results))
+
+
+def test_what_there_is_room_for_is_launched():
+    """A cluster of 8 blocks; with less room 5 that wait through memory; with room for less, two launches."""
+    x = torch.randn(15, 1, 32, 64, dtype=torch.float64)
+    found, results = [], []
+    for taken in (0, 2, 5):
+        with emulated.settings(strategy="resident", sm_count=8, shared_per_sm=53 * 1024, sms_taken=taken):
+            outputs, launches = train(x, None, None, None, RELU)
+        found.append([(launch.kernel, launch.grid, launch.cluster) for launch in launches])
+        results.append(outputs)
+    resident = "batch_norm_resident_planes"
+    assert found[:2] == [[(resident, 8, 8)], [(resident, 5, 1)]]
+    assert [kernel for kernel, _, _ in found[2]] == ["batch_norm_stats_planes", "batch_norm_apply_planes"]
+    for others in results[1:]:
+        torch.testing.assert_close(others, results[0])
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_room_to_wait_nobody_waits(layout, capability):
+    """Where others have a part of the device, blocks that wait are refused, and two launches do the work."""
+    inputs = tensors((64, 2, 16, 32), layout, torch.float32, True)
+    with emulated.settings(compute_capability=capability):
         (y, *saved), launches = train(*inputs, RELU)
         assert [launch.kernel for launch in launches] == [f"batch_norm_resident_{layout}"]
-    with emulated.settings(sms_taken=4):
+        assert (launches[0].cluster > 1) == (capability == 90)
+    with emulated.settings(sms_taken=4, compute_capability=capability):
         (again, *saved_again), launches = train(*inputs, RELU)
         assert [launch.kernel for launch in launches] == [f"batch_norm_{name}_{layout}" for name in ("stats", "apply")]
         launches = backward(*inputs, RELU, saved, [True, True, True, True])

@@ -36,6 +36,8 @@ SHARED_BYTES_OF = {
 # The kernels of small and resident ask for what they need; a block of sm_75 gets the least, 64 KiB.
 SHARED_STATIC = {"rows": 9 * 128 * 24 + 64, "planes": 128 * 24 + 64}
 SHARED_BYTES_ASKED = 64 * 1024
+# In blocks, by compute capability: every GPU from sm_90 on has 8; 16 are on some, and a kernel has to ask for them.
+LARGEST_CLUSTER = {(9, 0): 16, (10, 0): 16, (12, 0): 8}
 
 # Channels and spatial sizes of networks, what is odd about others, and anything.
 channels = st.sampled_from([1, 2, 3, 4, 8, 12, 64, 65, 96, 100, 320, 513, 2048, 4099, 70_001]) | st.integers(1, 10_000)
@@ -98,10 +100,20 @@ def check_flat(shape: dict[str, int], problem: dict[str, int]) -> None:
 
 
 def check_residency(plan: dict[str, Any], launch: dict[str, Any], problem: dict[str, int], limits: Any) -> None:
-    """Teams that cover all tiles; where blocks wait for each other, all of them on the device at once."""
+    """Teams that cover all tiles; where blocks wait for each other, all of them on the device at once.
+
+    A cluster is a team that keeps its tile and needs no workspace, as large as the GPU allows, on one of its GPCs.
+    """
     tiles = launch.get("tiles", problem["channels"])
     domains = 1 if launch.get("copies", 1) > 1 else tiles
     waits = tiles * launch["parts"] > domains
+    if launch["cluster"] > 1:
+        assert launch["cluster"] == launch["parts"]
+        assert launch["cluster"] in (2, 4, 8, 16) and launch["cluster"] <= LARGEST_CLUSTER[limits.compute_capability]
+        assert plan["values_kept"] == problem["outer"] * problem["channels"] * problem["inner"]
+        assert domains == tiles or tiles == 1
+    assert (plan["partials"] > 0) == (waits and launch["cluster"] == 1)
+    assert plan["tickets"] == (1 + 2 * domains if plan["partials"] else 1)
     assert launch["blocks"] == launch["teams"] * launch["parts"]
     assert 1 <= launch["teams"] <= tiles
     assert launch["teams"] == tiles or (waits and domains == tiles)
@@ -269,6 +281,41 @@ def test_a_layer_that_fits_is_read_once() -> None:
                 assert plan["strategy"] in ("resident", "small"), (shape, op)
                 if plan["strategy"] == "resident" and plan["values_kept"] == math.prod(shape):
                     assert plan["bytes_read"] + plan["bytes_written"] == passes * size
+
+
+def test_clusters() -> None:
+    """Blocks that share a channel and keep it are one: as few as that takes, and as many as leave few SMs idle."""
+
+    def cluster(device: str, outer: int, channels: int, inner: int, **request: Any) -> tuple[int, int]:
+        problem = {"outer": outer, "channels": channels, "inner": inner, "dtype": 1}
+        (launch,) = plan_of(problem, device, op="train", **request)["launches"]
+        return launch["cluster"], launch["teams"]
+
+    # 784 KiB of a channel are on 8 blocks, 196 KiB on 2: two blocks on an SM, of which each keeps up to 109 KiB.
+    assert cluster("h100", 128, 256, 3136) == (8, 32)
+    assert cluster("h100", 128, 256, 784) == (2, 128)
+    # Of 6 channels of 196 KiB, 2 blocks for each would leave most SMs idle.
+    assert cluster("h100", 32, 6, 3136) == (8, 6)
+    # Nor do 16 do enough for the one channel of a large tensor, of which all SMs have something where they wait longer.
+    assert cluster("h100", 32, 1, 50_176) == (1, 1)
+    # 16 blocks are for the GPUs of data centers, none for those before sm_90, and 12 MiB of a channel for no cluster.
+    assert cluster("h100", 128, 64, 12_544) == (16, 8)
+    assert cluster("rtx5090", 128, 64, 12_544)[0] == cluster("a100", 128, 256, 3136)[0] == 1
+    assert cluster("h100", 512, 64, 12_544)[0] == 1
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems(), st.sampled_from(["train", "backward"]), st.sampled_from(["h100", "b200", "rtx5090"]))
+def test_clusters_move_no_more(problem: dict[str, int], op: str, device: str) -> None:
+    """They are another way to exchange sums: strategy, launches and bytes are those of a GPU without them."""
+    plans = [plan_of(problem, device, op=op), _extension.plan(**problem, op=op, **without_clusters(device))]
+    names = ("strategy", "bytes_read", "bytes_written", "values_kept")
+    assert [plans[0][name] for name in names] == [plans[1][name] for name in names]
+
+
+def without_clusters(device: str) -> dict[str, int]:
+    limits = limits_of(device)
+    return {"sm_count": limits.sm_count, "shared_per_sm": limits.shared_per_sm, "compute_capability": 80}
 
 
 def test_blocks_wait_only_where_the_device_lets_them() -> None:

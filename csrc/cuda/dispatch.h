@@ -67,14 +67,25 @@ cudaError_t launch_empty(const Args& args, int64_t* num_batches_tracked, cudaStr
                 num_batches_tracked);
 }
 
-// kSmall and kResident. Where blocks wait for each other they all run at once, or nothing runs.
+// kSmall and kResident. Where blocks wait for each other those of a cluster run at once, or all do, or nothing runs.
 template <class Shape, class... Parameters, class... Arguments>
 cudaError_t launch_resident(const Plan& plan, const Shape& s, cudaStream_t stream, void (*kernel)(Parameters...),
                             const Arguments&... arguments) {
-  LaunchConfig c = config(plan.residency.blocks(s.parts), s.threads, plan.residency.keeps_bytes, stream);
+  Residency residency = plan.residency;
+  LaunchConfig c = config(residency.blocks(s.parts), s.threads, residency.keeps_bytes, stream);
   if constexpr (std::is_same_v<Shape, Rows>) c.shared_bytes += size_t(detail::table_bytes(s));
-  c.cooperative = s.blocks() > s.domains();
-  return launch(c, kernel, arguments..., s, plan.residency);
+  c.cluster = residency.cluster;
+  c.cooperative = s.blocks() > s.domains() * residency.cluster;
+  if (c.cluster > 1) {
+    unsigned at_once = 0;
+    const cudaError_t status = clusters_at_once(c, kernel, &at_once);
+    if (status != cudaSuccess) return status;
+    if (at_once == 0) return cudaErrorCooperativeLaunchTooLarge;
+    // A team that starts late begins with its first tile when the others are through with their last.
+    residency.teams = std::min(residency.teams, at_once);
+    c.grid = residency.blocks(s.parts);
+  }
+  return launch(c, kernel, arguments..., s, residency);
 }
 
 template <class Constants>

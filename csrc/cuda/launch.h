@@ -29,14 +29,16 @@ cudaError_t batch_norm_stats(const MomentsArgs&, const Plan&, Workspace, cudaStr
 cudaError_t batch_norm_gather_stats(const GatherArgs&, unsigned* ticket, cudaStream_t);
 cudaError_t batch_norm_backward(const BackwardArgs&, const Plan&, Workspace, cudaStream_t);
 
-// Launches by the planner's choice, which is plan_for(nullptr). A device that others share may have less room than its
-// limits say for blocks that wait for each other: then by a plan in which none do.
+// Launches by the plan for `device`. One that others share may have less room than its limits say for blocks that wait
+// for each other: then by the plan for one without clusters, and then for one where none wait.
 template <class PlanFor, class Launch>
-cudaError_t launch_planned(PlanFor plan_for, Launch launch) {
-  const cudaError_t status = launch(plan_for(nullptr));
-  if (status != cudaErrorCooperativeLaunchTooLarge) return status;
-  constexpr Strategy kNoneWaits = Strategy::kStreaming;
-  return launch(plan_for(&kNoneWaits));
+cudaError_t launch_planned(DeviceLimits device, PlanFor plan_for, Launch launch) {
+  for (;;) {
+    const Plan plan = plan_for(device);
+    const cudaError_t status = launch(plan);
+    if (status != cudaErrorCooperativeLaunchTooLarge || !device.cooperative) return status;
+    (plan.residency.cluster > 1 ? device.clusters : device.cooperative) = false;
+  }
 }
 
 }  // namespace bnfused::cuda

@@ -6,9 +6,9 @@
 //             mask once, or grad_x and grad_residual. While a tile is finished, the next is on its way
 //   blocks    teams. Rows: a team has a tile of columns, each of its blocks a part of the rows; Planes: a channel, each
 //             a part of its units. A team goes from tile to tile
-//   needs     where a team has several blocks, all of them running at once, workspace for the partials, tickets and
-//             gates that are 0, and are 0 again afterwards. Planes with a mask: whole units, for a byte of the mask
-//             belongs to one block
+//   needs     where a team has several blocks and is no cluster, all of them running at once, workspace for the
+//             partials, tickets and gates that are 0, and are 0 again afterwards. Planes with a mask: whole units, for
+//             a byte of the mask belongs to one block
 #pragma once
 #include "kernels/batch_norm_apply.cuh"
 #include "kernels/batch_norm_backward.cuh"
@@ -21,26 +21,19 @@ namespace bnfused {
 // all of them afterwards. Whether this block was that one. `of_columns`: kUnit * tile sums in shared memory.
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_for_team(const Sums (&sums)[kUnit], Sums* of_columns, Sums* partials,
-                                                unsigned* tickets, const Rows& s, const RowsThread& thread,
-                                                Finish finish) {
+                                                unsigned* tickets, const Rows& s, uint32_t cluster,
+                                                const RowsThread& thread, Finish finish) {
   const bool one_domain = s.domains() == 1;
   const uint32_t blocks = s.blocks() / s.domains();
-  if (blocks == 1) {
-    finish_tile(sums, of_columns, s, thread, finish);
-    return true;
-  }
+  if (blocks == cluster) return finish_tile(sums, of_columns, s, thread, finish);
   const bool last = finish_rows(sums, partials, tickets, s, thread, finish);
   wait_for_last_block(tickets + s.domains() + (one_domain ? 0 : thread.tile), last, blocks);
   return last;
 }
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_for_team(const Sums& sums, Sums* partials, unsigned* tickets, const Planes& s,
-                                                const PlanesBlock& block, Finish finish) {
-  if (s.parts == 1) {
-    if (threadIdx.x == 0) finish(block.channel, sums);
-    __syncthreads();
-    return true;
-  }
+                                                uint32_t cluster, const PlanesBlock& block, Finish finish) {
+  if (s.parts == cluster) return finish_channel_in_cluster(sums, s, block, finish);
   const bool last = finish_channel(sums, partials, tickets, s, block, finish);
   wait_for_last_block(tickets + s.domains() + block.channel, last, s.parts);
   return last;
@@ -92,16 +85,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
   OnChip<T> kept(shared, residency, 1);
   uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);  // of the tile's sums, then of its constants
-  for (uint32_t tile = blockIdx.x % residency.teams; tile < s.tiles; tile += residency.teams) {
-    const RowsThread thread(s, tile, blockIdx.x / residency.teams);
+  for (uint32_t tile = blockIdx.x / s.parts; tile < s.tiles; tile += residency.teams) {
+    const RowsThread thread(s, tile, blockIdx.x % s.parts);
     const auto next = fetch_of_next(body, kept, s, thread, residency.teams, args.numel);
     kept.await();
     Sums sums[kUnit];
     column_moments<T>(XToKeep<T>(args.from_memory(), kept), args.numel, s, thread, sums);
     next.ahead();
     merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
-    const bool last = finish_for_team(sums, reinterpret_cast<Sums*>(table), args.partials, args.tickets, s, thread,
-                                      [&](uint32_t c, const Sums& all) { args.finish(c, all); });
+    const bool last =
+        finish_for_team(sums, reinterpret_cast<Sums*>(table), args.partials, args.tickets, s, residency.cluster, thread,
+                        [&](uint32_t c, const Sums& all) { args.finish(c, all); });
     const ColumnConstants<Affine<A>> of_column(reinterpret_cast<Affine<A>*>(table), s, thread,
                                                [&](uint32_t c, bool) { return constants.get<A>(c, false); });
     sweep_column(body, Recalled<Body, ColumnUnits>{body, kept, next}, args.numel, s, thread, of_column);
@@ -119,14 +113,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
   using Sums = Moments<A>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
   OnChip<T> kept(shared, residency, 1);
-  for (uint32_t channel = blockIdx.x % residency.teams; channel < s.channels; channel += residency.teams) {
-    const PlanesBlock block(s, channel, recomputed(blockIdx.x / residency.teams));
+  for (uint32_t channel = blockIdx.x / s.parts; channel < s.channels; channel += residency.teams) {
+    const PlanesBlock block(s, channel, recomputed(blockIdx.x % s.parts));
     const auto next = fetch_of_next(body, kept, s, block, residency.teams);
     kept.await();
     Sums sums = plane_moments<T>(XToKeep<T>(args.from_memory(), kept), s, block);
     next.ahead();
     merge_block(sums);
-    const bool last = finish_for_team(sums, args.partials, args.tickets, s, block,
+    const bool last = finish_for_team(sums, args.partials, args.tickets, s, residency.cluster, block,
                                       [&](uint32_t c, const Sums& all) { args.finish(c, all); });
     if (last) args.finish.count_batch(args.batch_ticket, s.domains());
     sweep_channel(body, Recalled<Body, ChannelUnits>{body, kept, next}, s, block, constants.get<A>(channel, false));
@@ -143,8 +137,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   OnChip<T> kept(shared, residency, args.body.tensors());
   uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);
   Affine<A>* const forward_table = reinterpret_cast<Affine<A>*>(table);
-  for (uint32_t tile = blockIdx.x % residency.teams; tile < s.tiles; tile += residency.teams) {
-    const RowsThread thread(s, tile, blockIdx.x / residency.teams);
+  for (uint32_t tile = blockIdx.x / s.parts; tile < s.tiles; tile += residency.teams) {
+    const RowsThread thread(s, tile, blockIdx.x % s.parts);
     const ColumnConstants<Affine<A>> forward(forward_table, s, thread,
                                              [&](uint32_t c, bool) { return args.constants.template forward<A>(c); });
     const auto next = fetch_of_next(args.body, kept, s, thread, residency.teams, args.numel);
@@ -154,7 +148,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     next.ahead();
     merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
     finish_for_team(sums, reinterpret_cast<GradSums*>(forward_table + kUnit * s.tile), args.partials, args.tickets, s,
-                    thread, [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
+                    residency.cluster, thread,
+                    [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
     const ColumnConstants<GradAffine<A>> of_column(reinterpret_cast<GradAffine<A>*>(table), s, thread,
                                                    [&](uint32_t c, bool) { return args.constants.template get<A>(c); });
     sweep_column(args.body, Recalled<Body, ColumnUnits>{args.body, kept, next}, args.numel, s, thread, of_column);
@@ -170,15 +165,15 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
   using Body = BackwardBody<T, Activation>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
   OnChip<T> kept(shared, residency, args.body.tensors());
-  for (uint32_t channel = blockIdx.x % residency.teams; channel < s.channels; channel += residency.teams) {
-    const PlanesBlock block(s, channel, recomputed(blockIdx.x / residency.teams));
+  for (uint32_t channel = blockIdx.x / s.parts; channel < s.channels; channel += residency.teams) {
+    const PlanesBlock block(s, channel, recomputed(blockIdx.x % s.parts));
     const Affine<A> forward = args.constants.template forward<A>(channel);
     const auto next = fetch_of_next(args.body, kept, s, block, residency.teams);
     kept.await();
     GradSums sums = plane_grad_sums(args.body, ToKeep<Body>{args.body, kept}, s, block, forward, false);
     next.ahead();
     merge_block(sums);
-    finish_for_team(sums, args.partials, args.tickets, s, block,
+    finish_for_team(sums, args.partials, args.tickets, s, residency.cluster, block,
                     [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
     sweep_channel(args.body, Recalled<Body, ChannelUnits>{args.body, kept, next}, s, block,
                   args.constants.template get<A>(channel));

@@ -237,22 +237,28 @@ __device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* par
   return true;
 }
 
-// Rows, a tile in one block: the same through `of_columns`, kUnit * tile sums in shared memory. What `finish` wrote is
-// there for the whole block afterwards.
+// Rows, a tile in a cluster of s.parts blocks, or in one block: the same through `of_columns`, kUnit * tile sums in the
+// shared memory of each. What `finish` wrote is there for all of them afterwards.
 template <class Sums, class Finish>
-__device__ __forceinline__ void finish_tile(const Sums (&sums)[kUnit], Sums* of_columns, const Rows& s,
+__device__ __forceinline__ bool finish_tile(const Sums (&sums)[kUnit], Sums* of_columns, const Rows& s,
                                             const RowsThread& thread, Finish finish) {
   if (thread.active && thread.lane == 0) {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) of_columns[thread.slot * kUnit + k] = sums[k];
   }
-  __syncthreads();
-  const uint32_t first = s.copies == 1 ? thread.tile * s.tile * kUnit : 0;
-  const uint32_t left = s.channels - first, most = s.tile * kUnit;
-  const auto load = [&](uint32_t c, uint32_t copy) { return of_columns[c + copy * s.channels]; };
-  merge_partials<Sums>(left < most ? left : most, s.copies, load,
-                       [&](uint32_t c, const Sums& all) { finish(first + c, all); });
-  __syncthreads();
+  cluster_barrier(s.parts);
+  const bool merges = thread.part == 0;
+  if (merges) {
+    const uint32_t first = s.copies == 1 ? thread.tile * s.tile * kUnit : 0;
+    const uint32_t left = s.channels - first, most = s.tile * kUnit;
+    const auto load = [&](uint32_t c, uint32_t i) {
+      return *shared_of_block(of_columns + c + i % s.copies * s.channels, i / s.copies);
+    };
+    merge_partials<Sums>(left < most ? left : most, s.parts * s.copies, load,
+                         [&](uint32_t c, const Sums& all) { finish(first + c, all); });
+  }
+  cluster_barrier(s.parts);  // nobody writes its sums again, or exits, while they are read
+  return merges;
 }
 
 // Planes, a channel split over blocks: as finish_rows; thread 0 has the block's sums.
@@ -266,6 +272,22 @@ __device__ __forceinline__ bool finish_channel(const Sums& sums, Sums* partials,
   };
   merge_partials<Sums>(1, s.parts, load, [&](uint32_t, const Sums& all) { finish(block.channel, all); });
   return true;
+}
+
+// Planes, a channel in a cluster of s.parts blocks, or in one block: as finish_tile.
+template <class Sums, class Finish>
+__device__ __forceinline__ bool finish_channel_in_cluster(const Sums& sums, const Planes& s, const PlanesBlock& block,
+                                                          Finish finish) {
+  BNFUSED_SHARED(Sums, of_block);
+  if (threadIdx.x == 0) of_block = sums;
+  cluster_barrier(s.parts);
+  const bool merges = block.part == 0;
+  if (merges) {
+    const auto load = [&](uint32_t, uint32_t i) { return *shared_of_block(&of_block, i); };
+    merge_partials<Sums>(1, s.parts, load, [&](uint32_t, const Sums& all) { finish(block.channel, all); });
+  }
+  cluster_barrier(s.parts);
+  return merges;
 }
 
 }  // namespace bnfused

@@ -35,6 +35,43 @@ struct LaunchConfig {
 
 // Dynamic shared memory that a kernel gets unasked: a block has 48 KiB, and the objects of kernels take up to 28 KiB.
 constexpr size_t kSharedUnasked = 16 * 1024;
+// Blocks of a cluster that every GPU which has clusters lets a kernel have.
+constexpr unsigned kClusterUnasked = 8;
+
+// What this device lets a kernel have only where it asks for it.
+template <class... Parameters>
+cudaError_t ask_for(const LaunchConfig& config, void (*kernel)(Parameters...)) {
+  cudaError_t status = cudaSuccess;
+  if (config.shared_bytes > kSharedUnasked) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes));
+  }
+  if (status == cudaSuccess && config.cluster > kClusterUnasked) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return status;
+}
+
+// A configuration in CUDA's words; `attributes` has room for two.
+inline cudaLaunchConfig_t launch_config(const LaunchConfig& config, cudaLaunchAttribute* attributes) {
+  cudaLaunchConfig_t c{};
+  c.gridDim = dim3(config.grid);
+  c.blockDim = dim3(config.block);
+  c.dynamicSmemBytes = config.shared_bytes;
+  c.stream = config.stream;
+  c.attrs = attributes;
+  if (config.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[c.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[c.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = config.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  return c;
+}
 
 // Whether the device has room for all blocks at once. A cooperative launch finds that out too, but as an error that
 // ends the capture of a graph.
@@ -51,35 +88,28 @@ cudaError_t check_resident(const LaunchConfig& config, void (*kernel)(Parameters
   return config.grid <= unsigned(sms) * unsigned(blocks_per_sm) ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge;
 }
 
+// How many of the launch's clusters the device has room for at once.
+template <class... Parameters>
+cudaError_t clusters_at_once(const LaunchConfig& config, void (*kernel)(Parameters...), unsigned* clusters) {
+  cudaError_t status = ask_for(config, kernel);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t c = launch_config(config, attributes);
+  int count = 0;
+  status = cudaOccupancyMaxActiveClusters(&count, kernel, &c);
+  *clusters = unsigned(count);
+  if (status != cudaErrorInvalidClusterSize) return status;
+  cudaGetLastError();  // or a later call would find it
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  if (config.shared_bytes > kSharedUnasked) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes));
-    if (status != cudaSuccess) return status;
-  }
-  if (config.cooperative) {
-    const cudaError_t status = check_resident(config, kernel);
-    if (status != cudaSuccess) return status;
-  }
-  cudaLaunchConfig_t c{};
-  c.gridDim = dim3(config.grid);
-  c.blockDim = dim3(config.block);
-  c.dynamicSmemBytes = config.shared_bytes;
-  c.stream = config.stream;
+  cudaError_t status = ask_for(config, kernel);
+  if (status == cudaSuccess && config.cooperative) status = check_resident(config, kernel);
+  if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[2];
-  c.attrs = attributes;
-  if (config.cooperative) {
-    cudaLaunchAttribute& attribute = attributes[c.numAttrs++];
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  if (config.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[c.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = config.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
+  const cudaLaunchConfig_t c = launch_config(config, attributes);
   return cudaLaunchKernelEx(&c, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...);
 }
 
@@ -104,6 +134,30 @@ __device__ __forceinline__ unsigned load_again(const unsigned* p) {
   unsigned value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
+}
+
+// All threads of the `blocks` blocks of a cluster wait for each other, and see what the others wrote before: to memory,
+// and to their shared memory. One block is a cluster wherever it runs; before sm_90 there are no others.
+__device__ __forceinline__ void cluster_barrier(unsigned blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n\t"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// The object of block `rank` of the cluster that has the place of *p, an object in this block's shared memory.
+template <class T>
+__device__ __forceinline__ const T* shared_of_block(const T* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.u64 %0, %1, %2;" : "=l"(p) : "l"(p), "r"(rank));
+#endif
+  return p;
 }
 
 // `value`, unknown to the compiler: in a loop, what follows from it is computed in every round, not kept in registers.

@@ -39,7 +39,7 @@ const DeviceLimits& limits_of(int device) {
       10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   return known[device] = {attribute(cudaDevAttrMultiProcessorCount), capability,
                           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                          attribute(cudaDevAttrCooperativeLaunch) != 0};
+                          attribute(cudaDevAttrCooperativeLaunch) != 0, attribute(cudaDevAttrClusterLaunch) != 0};
 }
 
 // Where a call runs. The current device is that of x for as long as this lives.
@@ -99,7 +99,7 @@ struct Workspaces {
 // With a workspace for each plan that is tried.
 template <class PlanFor, class Launch>
 void run(const Call& call, const Problem& p, PlanFor plan_for, Launch launch) {
-  const cudaError_t status = cuda::launch_planned(plan_for, [&](const Plan& plan) {
+  const cudaError_t status = cuda::launch_planned(call.limits, plan_for, [&](const Plan& plan) {
     const Workspaces workspaces(call, plan, p);
     const cudaError_t of_launch = launch(plan, workspaces.get());
     if (of_launch != cudaSuccess) cudaGetLastError();  // or a later call would find it
@@ -128,7 +128,7 @@ struct Cuda {
     check_fits(args.problem, call.op);
     run(
         call, args.problem,
-        [&](const Strategy* forced) { return plan_train(args.problem, cuda::request_of(args), call.limits, forced); },
+        [&](const DeviceLimits& device) { return plan_train(args.problem, cuda::request_of(args), device); },
         [&](const Plan& plan, cuda::Workspace workspace) {
           return cuda::batch_norm_train(args, plan, workspace, call.stream);
         });
@@ -146,9 +146,7 @@ struct Cuda {
     check_fits(args.problem, call.op);
     run(
         call, args.problem,
-        [&](const Strategy* forced) {
-          return plan_backward(args.problem, cuda::request_of(args), call.limits, forced);
-        },
+        [&](const DeviceLimits& device) { return plan_backward(args.problem, cuda::request_of(args), device); },
         [&](const Plan& plan, cuda::Workspace workspace) {
           return cuda::batch_norm_backward(args, plan, workspace, call.stream);
         });

@@ -74,6 +74,7 @@ py::list describe_launches(const Plan& plan) {
     const Residency& r = plan.residency;
     shape["blocks"] = r.blocks(planes ? plan.planes.parts : plan.reduce_rows.parts);
     shape["teams"] = r.teams;
+    shape["cluster"] = r.cluster;
     shape["steps"] = r.steps;
     shape["ahead"] = r.ahead;
     shape["shared_bytes"] = r.keeps_bytes + (planes ? 0 : detail::table_bytes(plan.reduce_rows));

@@ -10,7 +10,7 @@ struct grid_group {
 };
 
 struct cluster_group {
-  void sync(BNFUSED_AT) const { bnfused::emulator::cluster_barrier(at); }
+  void sync(BNFUSED_AT) const { bnfused::emulator::cluster_barrier(num_blocks(), at); }
   unsigned block_rank() const { return bnfused::emulator::cluster_rank(); }
   unsigned num_blocks() const { return bnfused::emulator::cluster_size(); }
   template <class T>

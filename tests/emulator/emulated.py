@@ -42,6 +42,7 @@ class Launch:
     block: int
     dynamic_shared: int
     static_shared: int
+    cluster: int
     read: dict[str, Traffic] = field(default_factory=dict)
     written: dict[str, Traffic] = field(default_factory=dict)
 
@@ -113,8 +114,9 @@ def settings(
         order: forward, reverse or random, with ``seed``; None gives each call another schedule.
         resident_blocks: alive at once.
         shared_per_sm: bytes; what blocks keep on chip has to fit.
-        sms_taken: SMs that the planner counts on and a cooperative launch does not get.
-        hopes: blocks that wait for each other are launched as any others, ``resident_blocks`` at once.
+        compute_capability: below 90 there are no clusters.
+        sms_taken: SMs that the planner counts on, and that cooperative launches and clusters do not get.
+        hopes: blocks that wait for each other are launched as any others, ``resident_blocks`` at once, in no cluster.
         strategy: small, streaming or resident, where the problem allows it; None is the planner's choice.
         dropped_site: a barrier or fence that does nothing, one of ``sites()``.
     """

@@ -745,6 +745,13 @@ void reset_machine(const LaunchConfig& config, void (*body)(void*), void* argume
   for (GuardedBuffer* buffer : buffers()) buffer->read = buffer->written = Traffic{};
 }
 
+// Blocks of the launch that are on the device at once.
+unsigned room(const LaunchConfig& config) {
+  const size_t by_shared = options.shared_per_sm / (config.shared_bytes + kReservedSharedBytes);
+  const size_t blocks_per_sm = std::min<size_t>(kMaxThreadsPerSm / config.block, by_shared);
+  return static_cast<unsigned>((options.sm_count - options.sms_taken) * blocks_per_sm);
+}
+
 std::vector<unsigned> first_blocks_of_clusters() {
   std::vector<unsigned> first;
   for (unsigned block = 0; block < machine.config.grid; block += machine.config.cluster) first.push_back(block);
@@ -807,19 +814,25 @@ std::vector<std::string> sites() {
   return names;
 }
 
-cudaError_t run(const LaunchConfig& config, const void* kernel, void (*body)(void*), void* arguments) {
+unsigned clusters_at_once(const LaunchConfig& config) { return room(config) / config.cluster; }
+
+cudaError_t run(const LaunchConfig& asked, const void* kernel, void (*body)(void*), void* arguments) {
+  LaunchConfig config = asked;
+  if (options.hopes) config.cooperative = false, config.cluster = 1;
   last_report.clear();
   if (const char* why = invalid(config)) {
     last_report = "invalid launch of " + name_of_kernel(kernel) + ": " + why;
     return cudaErrorInvalidConfiguration;
   }
-  const size_t by_shared = options.shared_per_sm / (config.shared_bytes + kReservedSharedBytes);
-  const auto blocks_per_sm = static_cast<unsigned>(std::min<size_t>(kMaxThreadsPerSm / config.block, by_shared));
-  if (config.cooperative && config.grid > (options.sm_count - options.sms_taken) * blocks_per_sm) {
-    last_report = "cooperative launch of " + std::to_string(config.grid) + " blocks on " +
-                  std::to_string(options.sm_count - options.sms_taken) + " SMs with " + std::to_string(blocks_per_sm) +
-                  " each";
+  if (config.cooperative && config.grid > room(config)) {
+    last_report = "cooperative launch of " + std::to_string(config.grid) + " blocks on a device with room for " +
+                  std::to_string(room(config));
     return cudaErrorCooperativeLaunchTooLarge;
+  }
+  if (config.cluster > 1 && clusters_at_once(config) == 0) {
+    last_report = "clusters of " + std::to_string(config.cluster) + " blocks on a device with room for " +
+                  std::to_string(room(config));
+    return cudaErrorInvalidClusterSize;
   }
   choose_dropped_site();
   reset_machine(config, body, arguments);
@@ -827,9 +840,8 @@ cudaError_t run(const LaunchConfig& config, const void* kernel, void (*body)(voi
   catch_faults();
 
   const std::vector<unsigned> first_blocks = first_blocks_of_clusters();
-  const size_t resident_clusters = config.cooperative && !options.hopes
-                                       ? first_blocks.size()
-                                       : std::max(1u, options.resident_blocks / config.cluster);
+  const size_t resident_clusters =
+      config.cooperative ? first_blocks.size() : std::max(1u, options.resident_blocks / config.cluster);
   machine.with_runnable.reserve((resident_clusters + 1) * config.cluster);
   current = &main_thread;
   machine.running = true;
@@ -901,10 +913,12 @@ void grid_barrier(Location at) {
   arrive(machine.grid_barrier, machine.config.grid * machine.config.block, 0, "grid sync", at);
 }
 
-void cluster_barrier(Location at) {
+void cluster_barrier(unsigned blocks, Location at) {
   if (dropped(at)) return;
   Cluster& cluster = *current->block->cluster;
-  const auto blocks = static_cast<unsigned>(cluster.blocks.size());
+  if (blocks != cluster.blocks.size()) {
+    fail("cluster sync at %s of %u blocks, in a cluster of %zu", Place(at).text, blocks, cluster.blocks.size());
+  }
   arrive(cluster.barrier, blocks * machine.config.block, 0, "cluster sync", at);
 }
 

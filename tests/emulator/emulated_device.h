@@ -55,7 +55,7 @@ void* dynamic_shared();
 
 int block_barrier(BarrierOp op, int predicate, Location at);
 void grid_barrier(Location at);
-void cluster_barrier(Location at);
+void cluster_barrier(unsigned blocks, Location at);
 unsigned cluster_rank();
 unsigned cluster_size();
 void* shared_of_rank(const void* p, unsigned rank, Location at);
@@ -73,6 +73,9 @@ void after_atomic(bool changed);
 void copy_async(void* shared, const void* global, size_t bytes, Location at);
 void commit_copies();
 void wait_for_copies(unsigned groups_left, Location at);
+
+// How many of the launch's clusters the device has room for at once.
+unsigned clusters_at_once(const LaunchConfig& config);
 
 template <class T>
 T warp(WarpOp op, unsigned mask, T value, int argument, int width, Location at) {
@@ -263,6 +266,21 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Ar
     std::apply(c.kernel, c.arguments);  // every thread gets copies, as on a device
   };
   return emulator::run(config, reinterpret_cast<const void*>(kernel), body, &call);
+}
+
+template <class... Parameters>
+cudaError_t clusters_at_once(const LaunchConfig& config, void (*)(Parameters...), unsigned* clusters) {
+  *clusters = emulator::clusters_at_once(config);
+  return cudaSuccess;
+}
+
+inline void cluster_barrier(unsigned blocks, BNFUSED_AT) {
+  if (blocks == 1) return __syncthreads(at);
+  emulator::cluster_barrier(blocks, at);
+}
+template <class T>
+const T* shared_of_block(const T* p, unsigned rank, BNFUSED_AT) {
+  return static_cast<const T*>(emulator::shared_of_rank(p, rank, at));
 }
 
 template <class T>

@@ -137,15 +137,13 @@ int64_t bytes_of(const Problem& p) { return p.numel() * detail::size_of(p.dtype)
 // With the strategy that the tests force, or the planner's choice.
 template <class PlanFor, class Launch>
 void run(const Problem& p, PlanFor plan_for, Launch launch) {
-  check(cuda::launch_planned(
-      [&](const Strategy* strategy) { return plan_for(strategy != nullptr ? strategy : forced()); },
-      [&](const Plan& plan) {
-        DeviceWorkspace workspace(plan, p);
-        choose_schedule();
-        const cudaError_t status = launch(plan, workspace.get());
-        if (status == cudaSuccess) workspace.check_tickets();
-        return status;
-      }));
+  check(cuda::launch_planned(limits(), plan_for, [&](const Plan& plan) {
+    DeviceWorkspace workspace(plan, p);
+    choose_schedule();
+    const cudaError_t status = launch(plan, workspace.get());
+    if (status == cudaSuccess) workspace.check_tickets();
+    return status;
+  }));
 }
 
 struct Emulated {
@@ -212,7 +210,7 @@ struct Emulated {
 
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
     run(
-        p, [&](const Strategy* strategy) { return plan_train(p, cuda::request_of(args), limits(), strategy); },
+        p, [&](const DeviceLimits& device) { return plan_train(p, cuda::request_of(args), device, forced()); },
         [&](const Plan& plan, cuda::Workspace workspace) {
           return cuda::batch_norm_train(args, plan, workspace, nullptr);
         });
@@ -267,7 +265,7 @@ struct Emulated {
 
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
     run(
-        p, [&](const Strategy* strategy) { return plan_backward(p, cuda::request_of(args), limits(), strategy); },
+        p, [&](const DeviceLimits& device) { return plan_backward(p, cuda::request_of(args), device, forced()); },
         [&](const Plan& plan, cuda::Workspace workspace) {
           return cuda::batch_norm_backward(args, plan, workspace, nullptr);
         });
@@ -322,16 +320,15 @@ void bnfused_emulated_strategy(int strategy) {
 void bnfused_emulated_drop(const char* site) { emulator::options.dropped_site = site; }
 
 // Lines: a launch, then its buffers. Empties the record.
-//   launch KERNEL GRID BLOCK DYNAMIC_SHARED STATIC_SHARED
+//   launch KERNEL GRID BLOCK DYNAMIC_SHARED STATIC_SHARED CLUSTER
 //   buffer NAME READ_WIDE READ_NARROW WRITTEN_WIDE WRITTEN_NARROW
 const char* bnfused_emulated_take_launches() {
   text.clear();
   for (const auto& launch : emulator::launches()) {
     const LaunchConfig& c = launch.config;
     text += "launch " + launch.kernel;
-    for (const size_t n : {size_t{c.grid}, size_t{c.block}, c.shared_bytes, launch.static_shared_bytes}) {
-      text += " " + std::to_string(n);
-    }
+    const size_t shape[] = {c.grid, c.block, c.shared_bytes, launch.static_shared_bytes, c.cluster};
+    for (const size_t n : shape) text += " " + std::to_string(n);
     text += "\n";
     for (const auto& b : launch.buffers) {
       text += "buffer " + b.buffer;

@@ -37,10 +37,10 @@ struct Options {
   unsigned resident_blocks = 1;  // alive at once, where the launch is not cooperative
   bool early_copies = false;     // asynchronous copies happen when they are issued, not when they are waited for;
                                  // in random order, either
-  unsigned sm_count = 4;         // of the pretended device; bounds cooperative launches
+  unsigned sm_count = 4;         // of the pretended device; bounds cooperative launches and clusters
   size_t shared_per_sm = 228 * 1024;
-  unsigned sms_taken = 0;    // by others: cooperative launches have the rest
-  bool hopes = false;        // a cooperative launch is one like others: blocks are there or not
+  unsigned sms_taken = 0;    // by others: cooperative launches and clusters have the rest
+  bool hopes = false;        // these launches are like others: blocks are there or not, and alone
   std::string dropped_site;  // "file.cuh:12": the barrier, fence or wait there does nothing
 };
 extern Options options;

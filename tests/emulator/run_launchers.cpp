@@ -50,7 +50,9 @@ constexpr Strategy kResident = Strategy::kResident;
 constexpr Activation kIdentity = Activation::kIdentity, kReLU = Activation::kReLU, kSiLU = Activation::kSiLU;
 
 // A device whose SMs have this much shared memory: what does not fit is read again, and more of it takes fewer blocks.
-constexpr DeviceLimits device_of(int sm_count, int64_t shared_per_sm) { return {sm_count, 90, shared_per_sm}; }
+constexpr DeviceLimits device_of(int sm_count, int64_t shared_per_sm) { return {sm_count, 80, shared_per_sm}; }
+// The same with clusters.
+constexpr DeviceLimits cluster_device_of(int sm_count, int64_t shared_per_sm) { return {sm_count, 90, shared_per_sm}; }
 constexpr int64_t kKiB = 1024;
 
 // Every kernel, with whole and partial units, tiles and blocks; few threads, for ThreadSanitizer takes up to a
@@ -135,6 +137,28 @@ const Case kCases[] = {
      true,
      true,
      device_of(2, 40 * kKiB)},
+    // Clusters of two blocks, beside each other, and of four, from tile to tile.
+    {.name = "rows_clusters",
+     .problem = {290, 48, 1, kFloat},
+     .residual = true,
+     .strategy = kResident,
+     .device = cluster_device_of(4, 48 * kKiB)},
+    {.name = "rows_clusters_copies",
+     .problem = {1400, 6, 1, kHalf},
+     .activation = kSiLU,
+     .strategy = kResident,
+     .device = cluster_device_of(4, 46 * kKiB)},
+    {.name = "planes_clusters",
+     .problem = {2, 3, 6600, kHalf},
+     .residual = true,
+     .strategy = kResident,
+     .device = cluster_device_of(2, 40 * kKiB)},
+    {.name = "planes_clusters_odd",
+     .problem = {65, 3, 63, kFloat},
+     .activation = kSiLU,
+     .residual = true,
+     .strategy = kResident,
+     .device = cluster_device_of(4, 40 * kKiB)},
     {.name = "rows_in_parts", .problem = {37, 40, 1, kFloat}, .residual = true, .in_parts = true},
     {.name = "planes_in_parts", .problem = {2, 3, 13, kHalf}, .activation = kSiLU, .in_parts = true},
     {"misaligned", {9, 3, 17, kFloat}, true, kReLU, false, {}, 4},
