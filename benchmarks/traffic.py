@@ -4,7 +4,8 @@ Nothing is measured and no GPU is needed. bnfused's bytes and launches are those
 (csrc/plan.h), for a GPU whose limits are known (``bnfused.explanation.DEVICES``). Torch's and Apex's are counted from
 their sources: every op reads its inputs and writes its output, and Apex's persistent kernels (contrib/groupbn) keep as
 many pixels as they have registers and shared memory for. A time is bytes at the bandwidth of the data sheet, and a
-launch costs LAUNCH_SECONDS; what the L2 cache serves is not taken off anybody's bytes.
+launch costs LAUNCH_SECONDS; what the L2 cache serves is not taken off anybody's bytes, and what blocks wait for each
+other, in clusters or through memory, costs nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
 from benchmarks import pictures
-from bnfused.explanation import DEVICES, DeviceLimits, Explanation
+from bnfused.explanation import DEVICES, DeviceLimits, Explanation, Pass
 
 LAUNCH_SECONDS = 2.5e-6
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -123,6 +124,11 @@ OF_TORCH = {PLAIN: (3, 5), RELU: (5, 8), ADD_RELU: (8, 8)}
 LAUNCHES_OF_TORCH = {"NCHW": (4, 1), "channels_last": (5, 3)}
 
 
+def strategy_of(it: Pass) -> str:
+    in_clusters = any(launch.cluster > 1 for launch in it.launches)
+    return f"{it.strategy} in clusters" if in_clusters else it.strategy
+
+
 def torchs(layer: Layer, batch: int, layout: str) -> Cost:
     size = 2 * batch * layer.channels * layer.size**2
     more = {PLAIN: 0, RELU: 2, ADD_RELU: 3}[layer.fusion]
@@ -157,7 +163,8 @@ def print_networks(batches: list[int], devices: list[str]) -> None:
                     apex = total([(layer.count, apexs(layer, batch, device)) for layer in layers])
                     strategies: dict[str, int] = {}
                     for layer, it in plans:
-                        strategies[it.forward.strategy] = strategies.get(it.forward.strategy, 0) + layer.count
+                        strategy = strategy_of(it.forward)
+                        strategies[strategy] = strategies.get(strategy, 0) + layer.count
                     chosen = ", ".join(f"{count} {strategy}" for strategy, count in sorted(strategies.items()))
                     print(
                         f"| {name} | {batch} | {device.name} | {layout} | {chosen} | {own.launches} "
@@ -177,8 +184,8 @@ def print_layers(network: str, batch: int, device: DeviceLimits, layout: str) ->
         own, peer, apex = ours(it), torchs(layer, batch, layout), apexs(layer, batch, device)
         size_text = f"{layer.count} x {layer.channels} x {layer.size} x {layer.size}"
         print(
-            f"| {size_text} | {layer.fusion} | {it.forward.strategy} "
-            f"| {it.backward.strategy} | {own.bytes / size:.2f}A | {peer.bytes / size:.2f}A "
+            f"| {size_text} | {layer.fusion} | {strategy_of(it.forward)} "
+            f"| {strategy_of(it.backward)} | {own.bytes / size:.2f}A | {peer.bytes / size:.2f}A "
             f"| {f'{apex.bytes / size:.2f}A' if layout == 'channels_last' else '-'} "
             f"| {own.seconds(device) * 1e6:.0f} us | {peer.seconds(device) * 1e6:.0f} us |"
         )
