@@ -259,7 +259,7 @@ struct Cut {
   uint32_t parts = 0;
   uint64_t kept = 0;        // units of a column
   uint64_t most_steps = 0;  // that a thread could keep
-  double busy = 0;    // of the blocks that there is room for, the share that has work, over all rounds
+  double busy = 0;          // of the blocks that there is room for, the share that has work, over all rounds
 };
 
 inline Cut cut_of(const Tiles& t, uint64_t blocks, uint64_t most_steps) {

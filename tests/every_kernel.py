@@ -14,8 +14,8 @@ from bnfused import functional
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The values of a channel are few, or many, or too many for a cluster; rows and planes of whole units of 8, and of odd
-# sizes. Two launches have masked planes of 63 x 65, and rows whose copies of a channel lie in more blocks than a GPU has
-# room for at once.
+# sizes. Two launches have masked planes of 63 x 65, and rows whose copies of a channel lie in more blocks than a GPU
+# has room for at once.
 SHAPES = (
     *((4, 16, 8, 8), (3, 5, 7, 7), (0, 4, 2, 2), (16, 6, 64, 65), (16, 6, 63, 65), (2, 1, 512, 512)),
     *((3000, 65), (20000, 16), (24, 20011)),

@@ -34,6 +34,8 @@ LISTING = """
         /*0080*/                   LDL.128 R4, [R1] ;
         /*0090*/                   ST.E.128 desc[UR4][R6.64], R4 ;
         /*00a0*/                   LDGSTS.E.BYPASS.128 [R7], desc[UR4][R6.64] ;
+        /*00b0*/                   UCGABAR_ARV ;
+        /*00c0*/                   UCGABAR_WAIT ;
 .text._Z7spilledPf:
 .L_x_0:
         /*0040*/                   STG.E desc[UR4][R6.64], R4 ;
@@ -45,10 +47,21 @@ def test_parse() -> None:
     """Every number of its own kernel, generic accesses with the global ones, and none of shared or local memory."""
     wide, spilled = machine_code.parse("sm_75", RESOURCES, LISTING.splitlines(), NAMES)
     assert wide == Kernel(
-        "wide<float>", "sm_75", 14, 0, 64, 7, loads=2, wide_loads=1, stores=2, wide_stores=2, copies=1
+        "wide<float>", "sm_75", 14, 0, 64, 9, loads=2, wide_loads=1, stores=2, wide_stores=2, copies=1, cluster_waits=1
     )
     assert spilled == Kernel(
-        "_Z7spilledPf", "sm_75", 61, 264, 0, 1, loads=0, wide_loads=0, stores=1, wide_stores=0, copies=0
+        "_Z7spilledPf",
+        "sm_75",
+        61,
+        264,
+        0,
+        1,
+        loads=0,
+        wide_loads=0,
+        stores=1,
+        wide_stores=0,
+        copies=0,
+        cluster_waits=0,
     )
 
 
@@ -74,7 +87,20 @@ def test_every_kernel_promises_its_block_size(text: str, message: str, tmp_path:
         machine_code.block_size([source])
 
 
-GOOD = Kernel("batch_norm_apply<float>", "sm_90", 64, 0, 3136, 900, 2, wide_loads=2, stores=1, wide_stores=1, copies=0)
+GOOD = Kernel(
+    "batch_norm_apply<float>",
+    "sm_90",
+    64,
+    0,
+    3136,
+    900,
+    2,
+    wide_loads=2,
+    stores=1,
+    wide_stores=1,
+    copies=0,
+    cluster_waits=0,
+)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +124,7 @@ def test_blocks_per_sm(registers: int, threads: int, arch: str, blocks: int) -> 
 RULES = (
     Rule("apply", 3, wide_loads=True, wide_stores=True),
     Rule("stats", 2, wide_loads=True, wide_stores=False),
-    Rule("resident", 2, wide_loads=True, wide_stores=True, copies=True),
+    Rule("resident", 2, wide_loads=True, wide_stores=True, copies=True, clusters=True),
 )
 
 
@@ -114,8 +140,10 @@ RULES = (
         ({"wide_stores": 0}, "128-bit stores"),
         ({"wide_stores": 0, "name": "batch_norm_stats"}, None),
         ({"name": "a_new_kernel"}, "a rule"),
-        ({"name": "batch_norm_resident"}, "asynchronous copies"),
-        ({"name": "batch_norm_resident", "copies": 1}, None),
+        ({"name": "batch_norm_resident", "cluster_waits": 1}, "asynchronous copies"),
+        ({"name": "batch_norm_resident", "copies": 1}, "waits for the blocks of a cluster"),
+        ({"name": "batch_norm_resident", "copies": 1, "cluster_waits": 1}, None),
+        ({"name": "batch_norm_resident", "copies": 1, "arch": "sm_80"}, None),
         ({"name": "batch_norm_resident", "arch": "sm_75"}, None),
     ],
 )

@@ -26,6 +26,7 @@ MAX_THREADS = {
     "sm_100": 2048,
     "sm_120": 1536,
 }
+FIRST_WITH_CLUSTERS = 90
 # Likewise, on all of them: a quarter of the registers to each of four schedulers, given out 256 at a time to a warp.
 SCHEDULERS, REGISTERS_OF_SCHEDULER, REGISTERS_AT_ONCE, WARP = 4, 16384, 256, 32
 
@@ -49,6 +50,7 @@ class Kernel:
     stores: int
     wide_stores: int
     copies: int  # from global to shared memory, asynchronous
+    cluster_waits: int  # for the other blocks of a cluster
 
     def blocks_per_sm(self, threads: int) -> int:
         """Blocks of ``threads`` threads that registers and threads leave room for on an SM."""
@@ -71,6 +73,7 @@ class Rule:
     wide_stores: bool
     shared_bytes: int = 48 * 1024
     copies: bool = False  # on GPUs that have them
+    clusters: bool = False  # likewise
 
 
 def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
@@ -94,6 +97,9 @@ def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
         wrong.append("expected 128-bit stores, got none")
     if rule.copies and not kernel.copies and kernel.arch != "sm_75":
         wrong.append("expected asynchronous copies, got none")
+    has_clusters = int(kernel.arch.removeprefix("sm_")) >= FIRST_WITH_CLUSTERS
+    if rule.clusters and has_clusters and not kernel.cluster_waits:
+        wrong.append("expected waits for the blocks of a cluster, got none")
     return wrong
 
 
@@ -144,6 +150,7 @@ def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str,
                 stores=count("ST"),
                 wide_stores=count("ST", ".128"),
                 copies=count("LDGSTS"),
+                cluster_waits=codes["UCGABAR_WAIT"],
             )
         )
     return kernels
