@@ -4,7 +4,8 @@
 //   grad_x = weight * invstd * (g - mean(g) - xhat * mean(g * xhat))        training
 //   grad_x = weight * invstd * g                                            statistics given
 //
-// in the same two shapes as the forward: a channel at a time where it fits L2 (planes), two passes otherwise.
+// in the same shapes as the forward: a channel at a time where it fits L2 (planes), or a group of channels (short
+// planes); two passes otherwise.
 #include "cpu/backend.h"
 #include "cpu/driver.h"
 
