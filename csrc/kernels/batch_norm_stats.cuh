@@ -92,6 +92,9 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
     }
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) total[k].merge(run[k].moments(count, factor));
+    // They have as many values each. Said so, the compiler keeps one count in a register and not eight.
+#pragma unroll
+    for (int k = 1; k < kUnit; ++k) total[k].count = total[0].count;
   }
   // The last unit of the tensor, if it is not whole, is in the last row.
   const Span rest = span_of(whole_units, numel);
