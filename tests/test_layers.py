@@ -167,6 +167,19 @@ def test_launches_only_in_platform():
         assert "<<<" not in code or file.name == "platform.cuh", file
 
 
+def instructions(text: str) -> list[str]:
+    """Of the asm in a file; one without any only hides a value from the compiler."""
+    code = re.sub(r"//.*", "", text)
+    return [name for name in re.findall(r'\b(?:asm|__asm|__asm__)\b[^"]*"([^"]*)"', code) if name.strip()]
+
+
+def test_instructions_only_in_platform():
+    """What one machine alone can run is in one file, which the CPU's build of the kernels replaces."""
+    files = {file.name for file in _sources("csrc", ".cuh", ".cu", ".h", ".cpp") if instructions(file.read_text())}
+    assert files == {"platform.cuh"}
+    assert instructions('  __asm__ volatile("mov %0, 1;" : "=r"(x));') == ["mov %0, 1;"]
+
+
 @pytest.mark.parametrize(
     "path, line",
     [
