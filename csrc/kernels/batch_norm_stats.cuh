@@ -115,7 +115,7 @@ __device__ __forceinline__ Accumulate<T> mean_of_owned(const Pack<T>& pack, Span
   Accumulate<T> values[kUnit];
 #pragma unroll
   for (int k = 0; k < kUnit; ++k) values[k] = to_accumulate(pack.v[k]);
-  if (!span.whole()) {
+  if (!span.whole()) {  // else it changes nothing
 #pragma unroll
     for (int k = 1; k < kUnit; ++k) values[k] = k < span.end ? values[k] : values[k - 1];
 #pragma unroll
@@ -156,7 +156,7 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
       shift = mean_of_owned(packs[i], spans[i]);
       count += spans[i].end - spans[i].begin;
     }
-    if (count == 0) continue;
+    if (count == 0) continue;  // else it merges nothing
     Run<A, double> run{shift};
     A factor = 1;
     // The first pass finds the mean, the second what is about it, a third does that again if squares overflowed. A

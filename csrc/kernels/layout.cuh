@@ -80,7 +80,8 @@ struct PlanesBlock {
   }
 };
 
-// A unit of a plane, and the values of it that belong to the channel: none if the plane touches fewer units.
+// A unit of a plane, and the values of it that belong to the channel: none if the plane touches fewer units. It may
+// then lie behind the tensor; of it nothing is loaded or stored but a byte of a mask.
 struct PlaneUnit : UnitAt {
   __device__ __forceinline__ PlaneUnit(const Planes& s, uint32_t channel, uint32_t number) {
     const uint32_t plane = divide(number, s.by_units);
@@ -121,7 +122,7 @@ __device__ __forceinline__ void merge_lanes(Sums (&sums)[kValues], uint32_t lane
       for (int k = 0; k < kValues; ++k) others[k][(lane - half) * slots + slot] = sums[k];
     }
     __syncthreads();
-    if (active && lane + half < n) {
+    if (lane + half < n) {  // what is not active gathers what nobody reads
 #pragma unroll
       for (int k = 0; k < kValues; ++k) sums[k].merge(others[k][lane * slots + slot]);
     }
@@ -195,7 +196,7 @@ __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t parti
   const uint32_t lane = threadIdx.x / at_once;
   for (uint32_t base = 0; base < channels; base += at_once) {
     const uint32_t slot = threadIdx.x % at_once;
-    const bool active = lane < lanes && base + slot < channels;
+    const bool active = base + slot < channels;  // merge_lanes leaves out the lanes beyond `lanes`
     Sums sums[1] = {};
     // Several loads before the first merge: one after the other, each would wait for the L2 cache.
     constexpr int kLoads = 8;
@@ -207,7 +208,7 @@ __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t parti
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        if (first + i * lanes < partials) sums[0].merge(batch[i]);
+        if (first + i * lanes < partials) sums[0].merge(batch[i]);  // else it merges nothing
       }
     }
     merge_lanes(sums, lane, lanes, slot, at_once, active);
@@ -242,14 +243,14 @@ __device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* par
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_tile(const Sums (&sums)[kUnit], Sums* of_columns, const Rows& s,
                                             const RowsThread& thread, Finish finish) {
-  if (thread.active && thread.lane == 0) {
+  if (thread.lane == 0) {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) of_columns[thread.slot * kUnit + k] = sums[k];
   }
   cluster_barrier(s.parts);
   const bool merges = thread.part == 0;
   if (merges) {
-    const uint32_t first = s.copies == 1 ? thread.tile * s.tile * kUnit : 0;
+    const uint32_t first = thread.tile * s.tile * kUnit;  // copies of a channel are in one tile
     const uint32_t left = s.channels - first, most = s.tile * kUnit;
     const auto load = [&](uint32_t c, uint32_t i) {
       return *shared_of_block(of_columns + c + i % s.copies * s.channels, i / s.copies);

@@ -36,7 +36,7 @@ __device__ __forceinline__ void sweep_column(const Body& body, const Source& sou
   const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
   const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
   // Rows of this thread, counted from the last.
-  const uint32_t rows = end > begin + thread.lane ? (end - begin - thread.lane + s.lanes - 1) / s.lanes : 0;
+  const uint32_t rows = (end - begin + s.lanes - 1 - thread.lane) / s.lanes;
   for (uint32_t done = 0; done < rows; done += kLoads) {
     typename Body::Loaded loaded[kLoads];
     uint32_t unit[kLoads];
@@ -76,7 +76,6 @@ class ColumnConstants {
     }
     __syncthreads();
     if constexpr (kInRegisters) {
-      if (!thread.active) return;
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) own_[k] = shared_[k];
     }
@@ -114,9 +113,9 @@ __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, cons
   const uint32_t begin = block * s.units_per_block;
   const uint32_t end = s.units - begin < s.units_per_block ? s.units : begin + s.units_per_block;
   const uint64_t first_value = uint64_t(begin) * kUnit;
-  const uint64_t end_value = uint64_t(end) * kUnit < uint64_t(numel) ? uint64_t(end) * kUnit : uint64_t(numel);
   const uint64_t first_plane = divide(first_value, s.by_inner);
-  const uint32_t planes = uint32_t(divide(end_value - 1, s.by_inner) - first_plane) + 1;
+  // The last unit may reach beyond the tensor: the channels of the planes that would be there are some.
+  const uint32_t planes = uint32_t(divide(uint64_t(end) * kUnit - 1, s.by_inner) - first_plane) + 1;
   for (uint32_t i = threadIdx.x; i < planes; i += blockDim.x) {
     const uint64_t plane = first_plane + i;
     const uint64_t channel = plane - divide(plane, s.by_channels) * s.channels;
@@ -161,8 +160,7 @@ __device__ __forceinline__ void sweep_channel(const Body& body, const Source& so
   const uint32_t begin = block.begin + threadIdx.x;
   const auto constants_of = [&](int) { return constants; };
   // Units of this thread, the last first: fewer than 2^31, for a block has 32 threads.
-  for (int left = block.end > begin ? int((block.end - begin + blockDim.x - 1) / blockDim.x) : 0; left > 0;
-       left -= kLoads) {
+  for (int left = int((block.end - begin + blockDim.x - 1) / blockDim.x); left > 0; left -= kLoads) {
     typename Body::Loaded loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

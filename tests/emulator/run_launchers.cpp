@@ -37,7 +37,7 @@ struct Case {
   Activation activation = Activation::kReLU;
   bool residual = false;
   std::optional<Strategy> strategy = {};
-  size_t phase = 0;  // of x's address, modulo 16
+  size_t phase = 0;  // of the addresses of x, y and grad_x, modulo 16
   bool parameters = true;
   bool grad_x = true;
   DeviceLimits device = {1, 90};  // one SM: few blocks
@@ -62,11 +62,14 @@ const Case kCases[] = {
     {"rows_streaming_copies", {2800, 6, 1, kFloat}, true, kSiLU, true, Strategy::kStreaming},
     {"rows_small", {21, 40, 1, kHalf}, true, kReLU, true, Strategy::kSmall},
     {"rows_small_copies", {19, 3, 1, kFloat}, true, kIdentity, false, Strategy::kSmall},
-    {"rows_frozen", {37, 72, 1, kBfloat}, false, kReLU, true},
+    {"rows_frozen", {270, 72, 1, kBfloat}, false, kReLU, true},
+    {"rows_frozen_copies", {19, 3, 1, kFloat}, false},
     {"rows_frozen_grad_x", {37, 24, 1, kFloat}, false, kReLU, false, {}, 0, false},
     {"rows_parameters_only", {37, 24, 1, kFloat}, true, kIdentity, false, {}, 0, true, false},
     {"planes_streaming", {2, 1, 8800, kHalf}, true, kReLU, true, Strategy::kStreaming},
     {"planes_streaming_odd", {65, 2, 63, kHalf}, true, kSiLU, true, Strategy::kStreaming},
+    // The plane touches fewer units than one that begins elsewhere does, and ends with the mask.
+    {"planes_streaming_last_unit", {1, 1, 10, kHalf}, true, kReLU, true, Strategy::kStreaming},
     {"planes_small", {2, 3, 640, kFloat}, true, kReLU, true, Strategy::kSmall},
     {"planes_small_odd", {5, 3, 7, kDouble}, true, kSiLU, false, Strategy::kSmall},
     {"planes_frozen", {2, 3, 13, kFloat}, false, kReLU, true},
@@ -297,7 +300,7 @@ cudaError_t run(const Case& c, Memory& memory) {
 
   const void* x = memory.numbers("x", n, p.dtype, c.phase);
   const void* residual = c.residual ? memory.numbers("residual", n, p.dtype) : nullptr;
-  void* y = memory.result("y", bytes);
+  void* y = memory.result("y", bytes, c.phase);
   auto* mask = masked ? static_cast<uint8_t*>(memory.result("mask", mask_bytes(p))) : nullptr;
   const PerChannel weight = memory.parameter("weight", p.channels, parameters);
   const PerChannel bias = memory.parameter("bias", p.channels, p.dtype);
@@ -341,7 +344,7 @@ cudaError_t run(const Case& c, Memory& memory) {
   args.mean = mean;
   args.invstd = invstd;
   args.training = c.training;
-  args.grad_x = c.grad_x ? memory.result("grad_x", bytes) : nullptr;
+  args.grad_x = c.grad_x ? memory.result("grad_x", bytes, c.phase) : nullptr;
   args.grad_residual = c.residual ? memory.result("grad_residual", bytes) : nullptr;
   if (c.parameters) {
     args.grad_weight = memory.result("grad_weight", p.channels, parameters);
