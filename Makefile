@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # More arguments for pytest, or for the script that runs.
 ARGS ?=
+# Of make gpu: some of build, tests, sanitize and bench; all without.
+PARTS ?=
 
 ifneq ($(words $(VENV)),1)
 $(error VENV is one path without spaces, got "$(VENV)"; make takes spaces apart)
@@ -97,9 +99,9 @@ cuda-check cuda-check-all: $(VENV)/.tools
 cuda-build: $(VENV)/.tools
 	@PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH" $(PY) tests/cuda_build/link.py $(ARGS)
 
-# With the Python that has the GPU's torch, as it is: nothing is installed.
+# With the Python that has the GPU's torch, as it is: nothing is installed. PARTS="build tests" for some of it.
 gpu:
-	@PYTHON='$(PYTHON)' .ci/gpu $(ARGS)
+	@PYTHON='$(PYTHON)' PARTS='$(PARTS)' .ci/gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,18 +1,23 @@
 """One small call of every CUDA kernel, for compute-sanitizer, under which all of the tests would take hours.
 
-Nothing is compared here: what is wrong with a memory access or a barrier, the tool says.
+Nothing is compared here: what is wrong with a memory access or a barrier, the tool says. ``--seconds`` ends it early,
+after as many tensors as there was time for.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
+import time
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from bnfused import functional
+from bnfused import functional, parts
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 # The values of a channel are few, or many, or too many for a cluster; rows and planes of whole units of 8, and of odd
 # sizes. Two launches have masked planes of 63 x 65, and rows whose copies of a channel lie in more blocks than a GPU
 # has room for at once.
@@ -20,19 +25,23 @@ SHAPES = (
     *((4, 16, 8, 8), (3, 5, 7, 7), (0, 4, 2, 2), (16, 6, 64, 65), (16, 6, 63, 65), (2, 1, 512, 512)),
     *((3000, 65), (20000, 16), (24, 20011)),
 )
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 FUSIONS = ((None, False), ("relu", False), ("relu", True), ("silu", True))
 
 
-def step(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, misaligned: bool) -> int:
-    """Training, frozen and eval of every fusion on one tensor; the number of calls."""
-    values = torch.randn(torch.Size(shape).numel() + 1, device="cuda").to(dtype)
-    x = values[int(misaligned) :][: values.numel() - 1].view(shape)
-    if not misaligned:
-        x = x.contiguous(memory_format=layout)
-    own = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias, mean, var = (torch.rand(shape[1], device="cuda", dtype=own) + 0.5 for _ in range(4))
-    count = torch.zeros((), dtype=torch.long, device="cuda")
+def placed(shape: tuple[int, ...], dtype: torch.dtype, device: str, place: torch.memory_format | str) -> Tensor:
+    """Random values in a layout, or from an address on that is no multiple of 16."""
+    values = torch.randn(torch.Size(shape).numel() + 1, device=device).to(dtype)
+    if isinstance(place, str):
+        return values[1:].view(shape)
+    return values[:-1].view(shape).contiguous(memory_format=place)
+
+
+def step(x: Tensor) -> None:
+    """Training, frozen and eval of every fusion, and the parts of a batch norm over processes."""
+    own = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias, mean, var = (torch.rand(x.shape[1], device=x.device, dtype=own) + 0.5 for _ in range(4))
+    count = torch.zeros((), dtype=torch.long, device=x.device)
     for activation, fused in FUSIONS:
         leaves = [t.detach().requires_grad_() for t in (x, weight, bias, *([x.clone()] if fused else []))]
         residual = leaves[3] if fused else None
@@ -55,17 +64,36 @@ def step(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype
             torch.autograd.grad(y, wanted, torch.ones_like(y))
         with torch.no_grad():
             functional.batch_norm(x, mean, var, weight, bias, residual=residual, activation=activation)
-    return 3 * len(FUSIONS)
+    moments = torch.stack([parts.batch_norm_stats(x)] * 2)
+    parts.merge_moments(moments)
+    all_mean, all_var, rows = parts.batch_norm_gather_stats(moments, mean, var, count)
+    _, invstd, mask = parts.batch_norm_apply(x, all_mean, all_var, weight, bias, activation="relu")
+    saved = (torch.ones_like(x), x, all_mean, invstd)
+    sums = parts.batch_norm_backward_reduce(*saved, weight, bias, mask=mask, activation="relu")
+    parts.batch_norm_backward_apply(*saved, sums, rows, weight, bias, mask=mask, activation="relu")
 
 
-def main() -> int:
-    calls = 0
-    for shape, dtype in itertools.product(SHAPES, DTYPES):
-        for layout in LAYOUTS if len(shape) == 4 else LAYOUTS[:1]:
-            calls += step(shape, layout, dtype, misaligned=False)
-        calls += step(shape, LAYOUTS[0], dtype, misaligned=True)
-    torch.cuda.synchronize()
-    print(f"{calls} calls")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtypes", type=int, default=len(DTYPES), help="as many of the dtypes; default: all four")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing later than this")
+    options = parser.parse_args(arguments)
+    places = (CONTIGUOUS, CHANNELS_LAST, "misaligned")
+    tensors = [
+        (dtype, shape, place)
+        for dtype, shape, place in itertools.product(DTYPES[: options.dtypes], SHAPES, places)
+        if len(shape) == 4 or place != CHANNELS_LAST
+    ]
+    start = time.monotonic()
+    for number, (dtype, shape, place) in enumerate(tensors):
+        if time.monotonic() - start > options.seconds:
+            print(f"out of time: {number} of {len(tensors)} tensors, and no error in these")
+            return 0
+        print(f"{number + 1}/{len(tensors)}: {tuple(shape)} {dtype} {place}", flush=True)
+        step(placed(shape, dtype, options.device, place))
+        if options.device == "cuda":
+            torch.cuda.synchronize()  # an error is then this tensor's
     return 0
 
 
