@@ -65,6 +65,18 @@ def test_parse() -> None:
     )
 
 
+def test_runtime_calls() -> None:
+    """Those that the source names; not what nvcc adds, what the object has itself, nor another library's."""
+    symbols = """
+                 U cudaLaunchKernelExC
+                 U __cudaRegisterFatBinary
+                 U cudaMalloc@libcudart.so.13
+0000000000000010 T cudaFree
+                 U _ZN7bnfused4cuda5statsE
+    """
+    assert machine_code.runtime_calls(symbols) == {"cudaLaunchKernelExC", "cudaMalloc"}
+
+
 THREADS = "constexpr int kMaxThreads = 256;"
 BOUNDED = "__global__ void __launch_bounds__(kMaxThreads)\n  a(int x) { f(x); }"
 

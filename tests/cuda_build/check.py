@@ -51,6 +51,14 @@ RULES = (
     Rule("batch_norm_", 2, wide_loads=True, wide_stores=False),
 )
 
+# Of the CUDA runtime, what a launch may call. None of it waits for the GPU or ends the capture of a graph, also where
+# there is no room for blocks that wait and a second plan is launched; and none is a launch of its own.
+RUNTIME = {
+    *("cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaStreamIsCapturing"),
+    *("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "cudaLaunchKernelExC"),
+    *("cudaGetLastError", "cudaGetErrorName", "cudaGetErrorString"),
+}
+
 
 def load_setup() -> ModuleType:
     """setup.py as a module: it knows where nvcc is, and the kernels by name."""
@@ -101,6 +109,19 @@ def inspect(folder: Path, tools: str) -> list[str]:
     return wrong if kernels else ["expected kernels in the objects, found none"]
 
 
+def forbidden_calls(folder: Path) -> list[str]:
+    """What the launchers, and the ops that call them, ask of the CUDA runtime beyond RUNTIME."""
+    calls: set[tuple[str, str]] = set()
+    for path in [*(folder / "objects" / "kernels").glob("*.o"), *(folder / "objects").rglob("csrc/ops/cuda.o")]:
+        command = ["nm", "--undefined-only", str(path)]
+        symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        calls |= {(path.name, name) for name in machine_code.runtime_calls(symbols)}
+    missing = {"cudaLaunchKernelExC", "cudaStreamIsCapturing"} - {name for _, name in calls}
+    return [f"{file} calls {name}" for file, name in sorted(calls) if name not in RUNTIME] + [
+        f"expected {name} to be called, found no call" for name in sorted(missing)
+    ]
+
+
 def use(folder: Path) -> int:
     """Import what was built and run its CPU ops, in a process of its own; the exit status."""
     package = folder / "lib" / "bnfused"
@@ -133,7 +154,7 @@ def main() -> int:
     start = time.monotonic()
     build(folder, CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST=archs, NVCC_APPEND_FLAGS=STRICT)
     print(f"compiled and linked in {time.monotonic() - start:.0f} s", flush=True)
-    wrong = inspect(folder, tools)
+    wrong = [*inspect(folder, tools), *forbidden_calls(folder)]
     status = use(folder)
     for line in wrong:
         print(f"WRONG: {line}")

@@ -156,6 +156,14 @@ def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str,
     return kernels
 
 
+def runtime_calls(symbols: str) -> set[str]:
+    """Functions of the CUDA runtime that an object asks for, from what ``nm --undefined-only`` prints.
+
+    Not those with which nvcc itself registers and calls kernels; they begin with ``__cuda``.
+    """
+    return set(re.findall(r"^\s*U (cuda[A-Z]\w*)", symbols, re.MULTILINE))
+
+
 def find_tools(toolkit: Path) -> str | None:
     """The folder that has cuobjdump and nvdisasm: of the toolkit, of the wheels, or on the PATH."""
     places = [toolkit / "bin"]
