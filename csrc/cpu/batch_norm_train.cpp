@@ -1,8 +1,8 @@
 // Training forward: statistics of the batch, running statistics, y.
 //
-//   planes        a thread owns channels: it sums a channel and normalises it while it is still in L2, so that x is read
-//                 from memory once. With fewer channels than threads a channel is cut into parts, and all parts are
-//                 summed first.
+//   planes        a thread owns channels: it sums a channel and normalises it while it is still in L2, so that x
+//                 is read from memory once. With fewer channels than threads a channel is cut into parts, and all
+//                 parts are summed first.
 //   short planes  the same with a group of channels, whose planes side by side are rows.
 //   rows          threads own ranges of rows: every channel is in every row, so x is read twice, the second time
 //                 backwards.
