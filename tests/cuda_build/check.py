@@ -55,7 +55,8 @@ RULES = (
 # there is no room for blocks that wait and a second plan is launched; and none is a launch of its own.
 RUNTIME = {
     *("cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaStreamIsCapturing"),
-    *("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "cudaLaunchKernelExC"),
+    *("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "cudaOccupancyMaxActiveClusters"),
+    "cudaLaunchKernelExC",
     *("cudaGetLastError", "cudaGetErrorName", "cudaGetErrorString"),
 }
 
