@@ -397,14 +397,15 @@ def test_what_there_is_room_for_is_launched():
         torch.testing.assert_close(others, results[0])
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", ["streaming", "resident"])
-def test_a_batch_is_counted_once(strategy, layout):
+def test_a_batch_is_counted_once(strategy, layout, capability):
     """By one of the blocks that share a channel, or one that shares it with none."""
     x, _, weight, bias = tensors((64, 2, 16, 32), layout, torch.float32, False)
     state = torch.zeros(2), torch.ones(2), torch.tensor(5)
     emulated.take_launches()
-    with emulated.settings(strategy=strategy):
+    with emulated.settings(strategy=strategy, compute_capability=capability):
         emulated.ops().batch_norm_train(x, weight, bias, *state, None, 0.1, 1e-5, IDENTITY, 0.0)
     assert emulated.take_launches()[0].grid > 2
     assert state[2] == 6
