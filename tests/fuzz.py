@@ -117,7 +117,7 @@ def shape_of(c: Choices) -> list[int]:
     """Any rank; mostly short sides, now and then a long or an empty one."""
     rank = c.of((4, 3, 2, 5, 6))
     shape = [c.of((2, 3, 1, 4, 7)) for _ in range(rank)]
-    shape[1] = c.of((3, 1, 2, 8, 16, 17, 33))
+    shape[1] = c.of((3, 1, 2, 8, 16, 17, 33, 64, 72))
     if rank > 2:
         shape[-1] = c.of((5, 1, 2, 3, 8, 9, 16, 31))
     if c.rarely():

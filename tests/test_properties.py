@@ -48,7 +48,7 @@ def problems(draw):
     rank = draw(st.integers(2, 6))
     sizes = st.integers(0 if draw(st.integers(0, 9)) == 0 else 1, 9 if rank < 5 else 4)
     shape = [draw(sizes) for _ in range(rank)]
-    shape[1] = draw(st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 33]))
+    shape[1] = draw(st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 72]))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     own = dtype if draw(st.booleans()) else cases.parameter_dtype(dtype)
     training = draw(st.booleans())
