@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import every_kernel
+
 ROOT = Path(__file__).resolve().parents[1]
 # Says what it was called with, does nothing, and fails where FAILS is part of that.
 STAND_IN = """#!/bin/sh
@@ -90,3 +92,11 @@ def test_nothing_runs_without_the_build(gpu_run) -> None:
     status, output = gpu_run(FAILS="setup.py")
     assert status == 1
     assert_called(output, IN_ORDER["build"][:1])
+
+
+@pytest.mark.usefixtures("extension")
+def test_the_calls_under_the_sanitizer_are_calls(capsys):
+    """What compute-sanitizer is to watch runs to its end; on the CPU here, with one dtype."""
+    assert every_kernel.main(["--device", "cpu", "--dtypes", "1"]) == 0
+    numbers = [line.split(":")[0].split("/") for line in capsys.readouterr().out.splitlines()]
+    assert numbers and numbers[-1][0] == numbers[-1][1] == str(len(numbers))
