@@ -112,8 +112,8 @@ def _has_constant_defaults(function: FunctionType) -> bool:
 
 
 def _has_length(module: nn.Module) -> bool:
-    """Whether it can be false."""
-    return hasattr(module, "__len__") or hasattr(module, "__bool__")
+    """Whether it can be false. Python asks the class; the module itself would be searched for what it lacks."""
+    return hasattr(type(module), "__len__") or hasattr(type(module), "__bool__")
 
 
 def fact(module: nn.Module, name: str) -> Any:
