@@ -62,8 +62,8 @@ def gather_bytes(channels: int) -> int:
 
 
 def reduce_bytes(channels: int) -> int:
-    """What is added up backward: two sums, in float32."""
-    return 8 * channels
+    """What is added up backward: two sums, in float64."""
+    return 16 * channels
 
 
 # ------------------------------------------------------------------------------------------------- the schedules

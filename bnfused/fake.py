@@ -233,7 +233,7 @@ def _backward_reduce(
         invstd=invstd,
         mask=mask,
     )
-    return x.new_empty(2, x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(2, x.shape[1], dtype=torch.float64)
 
 
 def _backward_apply(

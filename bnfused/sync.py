@@ -384,7 +384,7 @@ def _passes(x: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, mask: Tensor
     """Where ReLU lets a gradient through, like ``x``; None without a mask, whose order each backend knows."""
     if mask is None:
         return None
-    none = mean.new_zeros(2, mean.numel(), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    none = mean.new_zeros(2, mean.numel())
     _, gradients = parts.batch_norm_backward_apply(
         *(torch.ones_like(x), x, mean, invstd, none, count),
         mask=mask,

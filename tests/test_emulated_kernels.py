@@ -459,7 +459,7 @@ def in_parts(inputs, activation):
     _, invstd, mask = run("batch_norm_apply", x, weight, bias, mean, var, residual, 1e-5, activation, 0.0)
     saved = (torch.randn_like(x), x, weight, bias, residual, mean, invstd, mask)
     run("batch_norm_backward_reduce", *saved, activation, 0.0)
-    of_batch = (torch.randn(2, x.shape[1]).to(moments.dtype), torch.tensor(2.0 * x.numel(), dtype=torch.float64))
+    of_batch = (torch.randn(2, x.shape[1], dtype=torch.float64), torch.tensor(2.0 * x.numel(), dtype=torch.float64))
     run("batch_norm_backward_apply", *saved, *of_batch, activation, 0.0, [True, residual is not None])
     return launches
 

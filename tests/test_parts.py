@@ -61,7 +61,7 @@ def test_composed_by_hand(device, layout, dtype, activation, residual):
         kept.append((g, x, invstd, forward))
         found["y"].append(y)
     all_sums = sum(sums)
-    grad_bias, grad_weight = all_sums
+    grad_bias, grad_weight = all_sums.to(p.weight.dtype)
     for g, x, invstd, forward in kept:
         grad_x, grad_residual = parts.batch_norm_backward_apply(g, x, mean, invstd, all_sums, count, **forward)
         found["grad_x"].append(grad_x)
@@ -75,6 +75,34 @@ def test_composed_by_hand(device, layout, dtype, activation, residual):
             checks.assert_within(
                 name, results[name].cpu(), expected, cases.limit(expected, measure, results[name].dtype)
             )
+
+
+def test_sums_over_thousands_of_parts(device):
+    """4,096 parts of the same values, which add up to as many times the sums of one: a gradient as that one has it.
+
+    Added one after the other, as a ring does. Each addition may round by half a unit in the last place of the sum, and
+    equal terms round to the same side: float32 is off by up to 4096 * 2^-24 of it, float64 by 2^29 times less.
+    """
+    p = cases.make((2, 7, 3, 5))
+    p = p.but(grad_y=p.grad_y.abs())  # of one sign, so that the sums are as large as their terms
+    x, grad_y, weight = (t.to(device) for t in (p.x, p.grad_y, p.weight))
+    mean, var, count = parts.batch_norm_gather_stats(moments_of([x]))
+    _, invstd, _ = parts.batch_norm_apply(x, mean, var, weight, eps=p.eps)
+    total = sum([parts.batch_norm_backward_reduce(grad_y, x, mean, invstd, weight)] * 4096)
+    grad_x, _ = parts.batch_norm_backward_apply(grad_y, x, mean, invstd, total, 4096 * count, weight)
+    truth = oracle.expected(p)
+    expected = truth.values["grad_x"]
+    checks.assert_within("grad_x", grad_x.cpu(), expected, cases.limit(expected, truth.scales["grad_x"], p.x.dtype))
+
+
+def test_sums_that_do_not_fit_are_refused(extension):
+    """float32 is what a collective of one's own may bring."""
+    x, mean, count = torch.randn(4, 3), torch.zeros(3, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64)
+    for sums in (torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float64)):
+        with pytest.raises(
+            RuntimeError, match=r"batch_norm_backward_apply: expected sums of shape \[2, 3\] and float64"
+        ):
+            parts.batch_norm_backward_apply(x, x, mean, mean + 1, sums, count)
 
 
 def test_statistics_from_elsewhere_need_not_be_finite_where_they_have_no_weight(device):

@@ -86,10 +86,9 @@ class Checker {
   }
 
   void batch_sums(const at::Tensor& sums, const at::Tensor& count) const {
-    const auto dtype = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == x_.size(1) && sums.scalar_type() == dtype &&
-                    sums.is_contiguous(),
-                op_, ": expected sums of shape [2, ", x_.size(1), "] and ", dtype, ", got ", sums.sizes(), " of ",
+    TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == x_.size(1) &&
+                    sums.scalar_type() == at::kDouble && sums.is_contiguous(),
+                op_, ": expected sums of shape [2, ", x_.size(1), "] and float64, got ", sums.sizes(), " of ",
                 sums.scalar_type());
     device(sums, "sums");
     TORCH_CHECK(count.numel() == 1 && count.scalar_type() == at::kDouble, op_,
@@ -492,7 +491,7 @@ at::Tensor batch_norm_backward_reduce(const at::Tensor& grad_y, const at::Tensor
                                       int64_t activation, double activation_param) {
   const char* op = "bnfused::batch_norm_backward_reduce";
   const Checker check(op, x);  // before x's size is used
-  const at::Tensor sums = empty_beside(x, {2, x.size(1)}, x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const at::Tensor sums = empty_beside(x, {2, x.size(1)}, at::kDouble);
   batch_norm_backward_with<Backend>(op, nullptr, &sums, grad_y, x, weight, bias, residual, mean, invstd, mask,
                                     activation, activation_param, /*training=*/false, {false, false, false, false});
   return sums;

@@ -39,8 +39,8 @@ void define(torch::Library& m) {
       "batch_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, float eps, "
       "int activation, float activation_param) -> (Tensor y, Tensor invstd, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
-  // sums are (2, C), float32 (float64 beside float64): those of g and of g * xhat over x, and then over the whole
-  // batch, which has count values of each channel.
+  // sums are (2, C), float64: those of g and of g * xhat over x, and then over the whole batch, which has count values
+  // of each channel.
   m.def(
       "batch_norm_backward_reduce(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor mean, Tensor invstd, Tensor? mask, int activation, float activation_param) -> Tensor sums",

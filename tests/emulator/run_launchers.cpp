@@ -358,9 +358,8 @@ cudaError_t run(const Case& c, Memory& memory) {
     const Plan plan = plan_backward(p, cuda::request_of(sums), c.device);
     status = cuda::batch_norm_backward(sums, plan, memory.workspace(plan, p), nullptr);
     if (status != cudaSuccess) return status;
-    const DType of_sums = p.dtype == kDouble ? kDouble : kFloat;
-    args.sum_grad = memory.parameter("sum_grad", p.channels, of_sums);
-    args.sum_grad_xhat = memory.parameter("sum_grad_xhat", p.channels, of_sums);
+    args.sum_grad = memory.parameter("sum_grad", p.channels, kDouble);
+    args.sum_grad_xhat = memory.parameter("sum_grad_xhat", p.channels, kDouble);
     args.batch_count = static_cast<double*>(memory.numbers("batch_count", 1, kDouble));
     args.grad_weight = args.grad_bias = {};
   }
