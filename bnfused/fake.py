@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,36 @@ def mask_bytes(x: Tensor) -> Any:
     return x.numel() // inner * ((inner + 7) // 8)
 
 
+def named(op: str, args: Sequence[Any], library: str = "bnfused") -> dict[str, Any]:
+    """The arguments of a call of the op, by the names that its schema gives them."""
+    schema = getattr(getattr(torch.ops, library), op).default._schema
+    return {argument.name: value for argument, value in zip(schema.arguments, args, strict=True)}
+
+
+def check_devices(op: str, arguments: dict[str, Any]) -> str:
+    """Refuse tensors that are not where ``x`` is, or the first of an op without; returns the name of that one.
+
+    One meta tensor among others brings a call to the kernels below: they would return no values and no error.
+
+    Raises:
+        RuntimeError: names the tensor that is elsewhere.
+    """
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    first = "x" if "x" in tensors else next(iter(tensors))
+    for name, tensor in tensors.items():
+        if tensor.device != tensors[first].device:
+            raise RuntimeError(f"bnfused::{op}: expected {name} on {tensors[first].device}, got {tensor.device}")
+    return first
+
+
+# ----------------------------------------------------------------------- the kernels, each of the arguments it needs
+
+
+def _own_dtype(x: Tensor) -> torch.dtype:
+    """Of what is neither like ``x`` nor like a parameter."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _saved(x: Tensor, residual: Tensor | None, activation: int) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     mean = x.new_empty(channels, dtype=torch.float64)
@@ -51,114 +82,21 @@ def _saved(x: Tensor, residual: Tensor | None, activation: int) -> tuple[Tensor,
     return mean, invstd, mask
 
 
-def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """One meta tensor among others brings the call here: without this it would return no values and no error."""
-    for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise RuntimeError(f"bnfused::{op}: expected {name} on {x.device}, got {other.device}")
-
-
-def _train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    activation: int,
-    activation_param: float,
-) -> tuple[Tensor, ...]:
-    check_devices(
-        "batch_norm_train",
-        x,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=num_batches_tracked,
-        residual=residual,
-    )
+def _train_or_frozen(x: Tensor, residual: Tensor | None, activation: int, **_: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(x), *_saved(x, residual, activation)
 
 
-def _frozen(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    activation: int,
-    activation_param: float,
-) -> tuple[Tensor, ...]:
-    check_devices(
-        "batch_norm_frozen",
-        x,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        residual=residual,
-    )
-    return torch.empty_like(x), *_saved(x, residual, activation)
-
-
-def _eval(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None,
-    *_: Any,
-) -> Tensor:
-    check_devices(
-        "batch_norm_eval",
-        x,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        residual=residual,
-    )
+def _eval(x: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
 def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    mask: Tensor | None,
-    activation: int,
-    activation_param: float,
-    training: bool,
-    output_mask: tuple[bool, bool, bool, bool],
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: tuple[bool, bool, bool, bool], **_: Any
 ) -> tuple[Tensor, ...]:
-    check_devices(
-        "batch_norm_backward",
-        x,
-        grad_y=grad_y,
-        weight=weight,
-        bias=bias,
-        residual=residual,
-        mean=mean,
-        invstd=invstd,
-        mask=mask,
-    )
     need_x, need_weight, need_bias, need_residual = output_mask
-    absent = x.new_empty(0)
-    # A gradient of float32 where there is no parameter to take the dtype from.
-    parameter = x.new_empty(0, dtype=mean.dtype if x.dtype == torch.float64 else torch.float32)
+    parameter = x.new_empty(0, dtype=_own_dtype(x))  # where there is none to take the dtype from
     return (
-        torch.empty_like(x) if need_x else absent,
+        torch.empty_like(x) if need_x else x.new_empty(0),
         (parameter if weight is None else weight).new_empty(x.shape[1] if need_weight else 0),
         (parameter if bias is None else bias).new_empty(x.shape[1] if need_bias else 0),
         torch.empty_like(x) if need_residual else x.new_empty(0),
@@ -168,102 +106,25 @@ def _backward(
 def _stats(x: Tensor) -> Tensor:
     """``packed_size`` in ``csrc/batch_norm.h`` is the same rule."""
     channels = x.shape[1]
-    if x.dtype == torch.float64:
-        return x.new_empty(2 * channels + 1)
-    return x.new_empty(3 * channels + 2, dtype=torch.float32)
+    return x.new_empty(2 * channels + 1 if x.dtype == torch.float64 else 3 * channels + 2, dtype=_own_dtype(x))
 
 
-def _gather_stats(
-    moments: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    merged: Tensor | None,
-    momentum: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_devices(
-        "batch_norm_gather_stats",
-        moments,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=num_batches_tracked,
-        merged=merged,
-    )
+def _gather_stats(moments: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     channels = (moments.shape[1] - 1) // 2 if moments.dtype == torch.float64 else (moments.shape[1] - 2) // 3
     mean = moments.new_empty(channels, dtype=torch.float64)
     return mean, torch.empty_like(mean), mean.new_empty(())
 
 
-def _apply(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    activation: int,
-    activation_param: float,
-) -> tuple[Tensor, ...]:
-    check_devices("batch_norm_apply", x, weight=weight, bias=bias, mean=mean, var=var, residual=residual)
-    _, invstd, mask = _saved(x, residual, activation)
+def _apply(x: Tensor, residual: Tensor | None, activation: int, **_: Any) -> tuple[Tensor, ...]:
+    _mean, invstd, mask = _saved(x, residual, activation)
     return torch.empty_like(x), invstd, mask
 
 
-def _backward_reduce(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    mask: Tensor | None,
-    activation: int,
-    activation_param: float,
-) -> Tensor:
-    check_devices(
-        "batch_norm_backward_reduce",
-        x,
-        grad_y=grad_y,
-        weight=weight,
-        bias=bias,
-        residual=residual,
-        mean=mean,
-        invstd=invstd,
-        mask=mask,
-    )
+def _backward_reduce(x: Tensor, **_: Any) -> Tensor:
     return x.new_empty(2, x.shape[1], dtype=torch.float64)
 
 
-def _backward_apply(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    mask: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-    activation: int,
-    activation_param: float,
-    output_mask: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    check_devices(
-        "batch_norm_backward_apply",
-        x,
-        grad_y=grad_y,
-        weight=weight,
-        bias=bias,
-        residual=residual,
-        mean=mean,
-        invstd=invstd,
-        mask=mask,
-        sums=sums,
-        count=count,
-    )
+def _backward_apply(x: Tensor, output_mask: tuple[bool, bool], **_: Any) -> tuple[Tensor, Tensor]:
     need_x, need_residual = output_mask
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
@@ -271,14 +132,29 @@ def _backward_apply(
     )
 
 
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "batch_norm_train": _train_or_frozen,
+    "batch_norm_frozen": _train_or_frozen,
+    "batch_norm_eval": _eval,
+    "batch_norm_backward": _backward,
+    "batch_norm_stats": _stats,
+    "batch_norm_gather_stats": _gather_stats,
+    "batch_norm_apply": _apply,
+    "batch_norm_backward_reduce": _backward_reduce,
+    "batch_norm_backward_apply": _backward_apply,
+}
+
+
 def register(library: str = "bnfused") -> None:
     """Give torch the shapes; called once a library has defined the ops."""
-    torch.library.register_fake(f"{library}::batch_norm_train", _train)
-    torch.library.register_fake(f"{library}::batch_norm_frozen", _frozen)
-    torch.library.register_fake(f"{library}::batch_norm_eval", _eval)
-    torch.library.register_fake(f"{library}::batch_norm_backward", _backward)
-    torch.library.register_fake(f"{library}::batch_norm_stats", _stats)
-    torch.library.register_fake(f"{library}::batch_norm_gather_stats", _gather_stats)
-    torch.library.register_fake(f"{library}::batch_norm_apply", _apply)
-    torch.library.register_fake(f"{library}::batch_norm_backward_reduce", _backward_reduce)
-    torch.library.register_fake(f"{library}::batch_norm_backward_apply", _backward_apply)
+    for op in _KERNELS:
+        torch.library.register_fake(f"{library}::{op}", _kernel(library, op))
+
+
+def _kernel(library: str, op: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        arguments = named(op, args, library)
+        check_devices(op, arguments)
+        return _KERNELS[op](**arguments)
+
+    return kernel

@@ -11,7 +11,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bnfused import _extension, fake
 
@@ -23,13 +22,10 @@ def refuse(op: str, *args: Any) -> None:
         RuntimeError: always. It names the first argument that is not where ``x`` is (of the op without one: the first
             tensor), if there is one, else the build.
     """
-    names = [argument.name for argument in getattr(torch.ops.bnfused, op).default._schema.arguments]
-    tensors = {name: arg for name, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)}
-    name = "x" if "x" in tensors else next(iter(tensors))
-    x = tensors.pop(name)
-    fake.check_devices(op, x, **tensors)
+    arguments = fake.named(op, args)
+    x = fake.check_devices(op, arguments)
     raise RuntimeError(
-        f"bnfused::{op}: expected an extension with CUDA kernels for {name} on {x.device}, got one without; "
+        f"bnfused::{op}: expected an extension with CUDA kernels for {x} on {arguments[x].device}, got one without; "
         f"{_extension.BUILD_CUDA}"
     )
 
