@@ -99,7 +99,6 @@ def decide_cuda(
     torch_cuda: str | None,
     nvcc: str | None,
     nvcc_version: str | None,
-    has_sources: bool,
 ) -> tuple[bool, str]:
     """Whether to build the CUDA kernels, and the line to print: why not, or what is odd about it.
 
@@ -111,7 +110,6 @@ def decide_cuda(
         torch_cuda: the CUDA version that torch is built for, None for a CPU build.
         nvcc: path of the compiler, None where there is none.
         nvcc_version: ``major.minor`` of it, None where it could not be read.
-        has_sources: whether there are kernels to build.
 
     Raises:
         SystemExit: an unknown setting, or ``1`` where the kernels cannot be built.
@@ -120,9 +118,9 @@ def decide_cuda(
         raise SystemExit(f"bnfused: BNFUSED_CUDA must be auto, 0 or 1, got {setting!r}")
     if setting == "0":
         return False, "BNFUSED_CUDA=0. Unset it to build the CUDA kernels where that is possible"
-    if setting == "auto" and has_sources and torch_cuda is None:
+    if setting == "auto" and torch_cuda is None:
         return False, "the installed torch is built without CUDA. Install a CUDA build of torch"
-    obstacle = _obstacle_to_cuda(torch_cuda, nvcc, nvcc_version, has_sources)
+    obstacle = _obstacle_to_cuda(torch_cuda, nvcc, nvcc_version)
     if obstacle is not None:
         if setting == "1":
             raise SystemExit(f"bnfused: BNFUSED_CUDA=1, but {obstacle}")
@@ -141,12 +139,8 @@ def decide_cuda(
     return True, ""
 
 
-def _obstacle_to_cuda(
-    torch_cuda: str | None, nvcc: str | None, nvcc_version: str | None, has_sources: bool
-) -> str | None:
+def _obstacle_to_cuda(torch_cuda: str | None, nvcc: str | None, nvcc_version: str | None) -> str | None:
     """The first thing that keeps the CUDA kernels from being built, and what mends it."""
-    if not has_sources:
-        return "this version has no CUDA kernels yet. CUDA tensors run the reference in plain torch"
     if nvcc is None:
         return (
             f"no nvcc was found{f' and torch is built for CUDA {torch_cuda}' if torch_cuda else ''}. Install the CUDA "
@@ -417,9 +411,7 @@ def main() -> None:
     toolkit = find_toolkit(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), shutil.which("nvcc"))
     nvcc = str(toolkit / "bin" / "nvcc") if toolkit else None
     nvcc_version = read_nvcc_version(nvcc) if nvcc else None
-    build_cuda, remark = decide_cuda(
-        os.environ.get("BNFUSED_CUDA", "auto"), torch.version.cuda, nvcc, nvcc_version, bool(CUDA_SOURCES)
-    )
+    build_cuda, remark = decide_cuda(os.environ.get("BNFUSED_CUDA", "auto"), torch.version.cuda, nvcc, nvcc_version)
     if not build_cuda:
         remark = f"CPU-only build: {remark}"
     stamp: dict[str, str | None] = {

@@ -53,36 +53,30 @@ def _run_setup(folder: Path, *arguments: str, before: str = "", **environment: s
 class TestDecideCuda:
     def test_builds_where_everything_is_there(self) -> None:
         """Without a GPU to look at: none of the arguments says whether one is visible."""
-        assert build.decide_cuda("auto", "13.0", NVCC, "13.0", True) == (True, "")
-        assert build.decide_cuda("1", "13.0", NVCC, "13.0", True) == (True, "")
+        assert build.decide_cuda("auto", "13.0", NVCC, "13.0") == (True, "")
+        assert build.decide_cuda("1", "13.0", NVCC, "13.0") == (True, "")
 
     def test_zero_wins_over_a_machine_that_could(self) -> None:
-        chosen, reason = build.decide_cuda("0", "13.0", NVCC, "13.0", True)
+        chosen, reason = build.decide_cuda("0", "13.0", NVCC, "13.0")
         assert not chosen
         assert "BNFUSED_CUDA=0" in reason
 
     @pytest.mark.parametrize(
-        ("torch_cuda", "nvcc", "nvcc_version", "has_sources", "words"),
+        ("torch_cuda", "nvcc", "nvcc_version", "words"),
         [
-            ("13.0", NVCC, "13.0", False, ["no CUDA kernels yet"]),
-            ("13.0", None, None, True, ["no nvcc", "CUDA 13.0 toolkit", "CUDA_HOME="]),
-            ("13.0", NVCC, None, True, [NVCC, "could not be read", "CUDA_HOME="]),
-            ("13.0", NVCC, "12.8", True, [NVCC, "12.8", "13.0", "CUDA_HOME=", "CUDA 13 toolkit"]),
+            ("13.0", None, None, ["no nvcc", "CUDA 13.0 toolkit", "CUDA_HOME="]),
+            ("13.0", NVCC, None, [NVCC, "could not be read", "CUDA_HOME="]),
+            ("13.0", NVCC, "12.8", [NVCC, "12.8", "13.0", "CUDA_HOME=", "CUDA 13 toolkit"]),
             # "9" > "13" as text: versions are not compared as strings.
-            ("13.0", NVCC, "9.2", True, [NVCC, "9.2", "13.0"]),
+            ("13.0", NVCC, "9.2", [NVCC, "9.2", "13.0"]),
         ],
-        ids=["no kernels", "no nvcc", "mute nvcc", "other major", "old nvcc"],
+        ids=["no nvcc", "mute nvcc", "other major", "old nvcc"],
     )
     def test_each_obstacle_names_itself_and_its_remedy(
-        self,
-        torch_cuda: str | None,
-        nvcc: str | None,
-        nvcc_version: str | None,
-        has_sources: bool,
-        words: list[str],
+        self, torch_cuda: str | None, nvcc: str | None, nvcc_version: str | None, words: list[str]
     ) -> None:
         """auto goes on without CUDA and says why; 1 stops with the same words."""
-        machine = (torch_cuda, nvcc, nvcc_version, has_sources)
+        machine = (torch_cuda, nvcc, nvcc_version)
         chosen, reason = build.decide_cuda("auto", *machine)
         assert not chosen
         with pytest.raises(SystemExit) as stop:
@@ -96,25 +90,25 @@ class TestDecideCuda:
     def test_another_minor_version_is_a_remark_only(self) -> None:
         """nvcc 13.1 builds for a torch of 13.0: to refuse that is what users comment out."""
         for setting in ("auto", "1"):
-            chosen, remark = build.decide_cuda(setting, "13.0", NVCC, "13.1", True)
+            chosen, remark = build.decide_cuda(setting, "13.0", NVCC, "13.1")
             assert chosen
             assert NVCC in remark and "13.0" in remark and "13.1" in remark
 
     def test_a_torch_without_cuda_gets_them_only_where_they_are_demanded(self) -> None:
         """They would never run there; to compile and link them is how a machine without a GPU checks them."""
-        chosen, reason = build.decide_cuda("auto", None, NVCC, "13.0", True)
+        chosen, reason = build.decide_cuda("auto", None, NVCC, "13.0")
         assert not chosen
         assert "torch is built without CUDA" in reason and "CUDA build of torch" in reason
-        chosen, remark = build.decide_cuda("1", None, NVCC, "12.8", True)
+        chosen, remark = build.decide_cuda("1", None, NVCC, "12.8")
         assert chosen
         assert NVCC in remark and "torch built without CUDA" in remark
         with pytest.raises(SystemExit, match="BNFUSED_CUDA=1, but no nvcc was found.*CUDA_HOME="):
-            build.decide_cuda("1", None, None, None, True)
+            build.decide_cuda("1", None, None, None)
 
     @pytest.mark.parametrize("setting", ["", "yes", "TRUE", "2", "auto "])
     def test_any_other_setting_is_an_error_that_lists_the_three(self, setting: str) -> None:
         with pytest.raises(SystemExit, match="auto, 0 or 1") as stop:
-            build.decide_cuda(setting, "13.0", NVCC, "13.0", True)
+            build.decide_cuda(setting, "13.0", NVCC, "13.0")
         assert repr(setting) in str(stop.value)
 
 
