@@ -54,7 +54,8 @@ DEVICES = {
 # The order of enum class DType in csrc/batch_norm.h.
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
-# The CPU backend keeps a channel in a core's second cache between its two passes, where it fits there.
+# The CPU backend keeps a channel, or a group of channels of short planes, in a core's second cache between its two
+# passes, where it fits there.
 _CPU_CACHE_BYTES = 1 << 20
 
 
@@ -77,7 +78,8 @@ class Pass:
     """Forward or backward.
 
     Attributes:
-        strategy: how the work is cut; the words of ``csrc/plan.h`` for CUDA, ``planes`` or ``rows`` for the CPU.
+        strategy: how the work is cut; the words of ``csrc/plan.h`` for CUDA, ``planes``, ``short planes`` or ``rows``
+            for the CPU.
         launches: in order; empty for the CPU.
         bytes_read, bytes_written: of tensors of the size of ``x`` and of the mask.
         seconds: for these bytes at the device's bandwidth, a bound from below; None where it is not known.
@@ -166,7 +168,7 @@ def explain(
     if meta.dim() < 2:
         raise ValueError(f"bnfused.explain: expected a shape (N, C, *), got {tuple(meta.shape)}")
     code, _ = activations.resolve(activation, None)
-    masked = residual and code == activations.RELU_CODE and (training or grad) and grad
+    masked = residual and code == activations.RELU_CODE and (training or grad)  # the training op always writes one
     problem = fake.problem(meta)
     limits = _limits(device_limits, device)
     options = {"residual": residual, "masked": masked, "training": training, "recomputes": code != 0 and not masked}
@@ -272,32 +274,45 @@ def _cuda_pass(
 def _cpu_pass(x: Tensor, problem: tuple[int, int, int], options: dict[str, bool], *, backward: bool) -> Pass:
     size, mask = _bytes(x), fake.mask_bytes(x) if options["masked"] else 0
     outer, _, inner = problem
+    together = _channels_together(problem)
     if backward:
         once = 2 * size + mask + (size if options["residual"] and options["recomputes"] else 0)
         written = size + (size if options["residual"] else 0)
     else:
         once = size
         written = size + mask
-    cached = inner > 1 and outer * inner * x.element_size() * (2 if backward else 1) <= _CPU_CACHE_BYTES
+    cached = outer * inner * together * x.element_size() * (2 if backward else 1) <= _CPU_CACHE_BYTES
     if not options["training"] and not backward:
         passes, why = 1, "the statistics are given: one pass"
     elif inner == 1:
         passes, why = 2, "every row has all channels: one pass for the sums, one to apply, the second backwards"
-    elif cached:
-        passes, why = 1, "a channel at a time: its second pass finds it in the cache"
     else:
-        passes, why = 2, "a channel is larger than the cache: it is read twice"
+        passes = 1 if cached else 2
+        taken = "a channel" if together == 1 else f"a group of up to {together} channels"
+        found = "its second pass finds it in the cache" if cached else "larger than the cache, it is read twice"
+        why = f"{taken} at a time: {found}"
     read = passes * once
     if options["residual"] and not backward:
         read += size
     return Pass(
-        strategy="rows" if inner == 1 else "planes",
+        strategy="rows" if inner == 1 else "planes" if together == 1 else "short planes",
         launches=(),
         bytes_read=read,
         bytes_written=written,
         seconds=(read + written) / _cpu_bandwidth(torch.get_num_threads()),
         why=why,
     )
+
+
+def _channels_together(problem: tuple[int, int, int]) -> int:
+    """How many channels the CPU backend takes side by side at most; more threads may want fewer.
+
+    ``has_short_planes`` and ``channels_together`` in ``csrc/cpu/driver.h`` are the rule.
+    """
+    _, channels, inner = problem
+    if not 1 < inner <= 128 or channels < 64 or channels % 8:
+        return 1
+    return min(channels, max(8, 1600 // inner // 8 * 8))
 
 
 def _cpu_name() -> str:

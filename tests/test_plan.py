@@ -400,6 +400,26 @@ def test_explain_of_the_cpu() -> None:
     assert evaluated.backward is None and evaluated.saved == {}
 
 
+def test_explain_of_short_planes_on_the_cpu() -> None:
+    """A group of channels is what has to fit the cache, 1 MiB: 32 of 7 x 7 do, of 16 images and not of 256."""
+    for batch, passes in ((16, 1), (256, 2)):
+        x = torch.empty(batch, 64, 7, 7)
+        forward = bnfused.explain(x).forward
+        assert (forward.strategy, forward.bytes_read) == ("short planes", passes * x.nbytes)
+    assert "a group of up to 32 channels" in forward.why
+    assert bnfused.explain((16, 63, 7, 7)).forward.strategy == "planes"
+
+
+@pytest.mark.parametrize("device_limits", [None, "h100"])
+def test_explain_counts_the_mask_that_a_training_without_gradients_writes(device_limits: str | None) -> None:
+    """The op does not know whether a backward will come."""
+    x = torch.randn(4, 16, 8, 8)
+    *_, mask = torch.ops.bnfused.batch_norm_train(x, None, None, None, None, None, x, 0.1, 1e-5, 1, 0.0)
+    fused = bnfused.explain(x, residual=True, activation="relu", grad=False, device_limits=device_limits)
+    assert fused.forward.bytes_written == x.nbytes + mask.nbytes
+    assert fused.saved == {}
+
+
 def test_explain_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="expected device_limits of .*h100.*, got 'gtx'"):
         bnfused.explain((8, 4), device_limits="gtx")
