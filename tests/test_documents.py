@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import collections
 import copy
 import io
 import itertools
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,13 @@ import pytest
 import torch
 from torch import nn
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import bnfused
 import cases
 import checks
+from benchmarks import report
+from benchmarks.timing import geometric_mean
 from bnfused import functional
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,6 +223,57 @@ def test_together_with(label):
         with pytest.raises((RuntimeError, TypeError, NotImplementedError)) as raised:
             TOGETHER[label]()
     assert len(str(raised.value)) > 20, "an error says what is the matter"
+
+
+# ----------------------------------------------------------------------------------- measured numbers
+
+MEASURED = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-zen4" / "bench.json"
+# By the first cell of a row of the README's table; the columns are those of COLUMNS.
+FAMILIES = {
+    "NCHW, NCL, NCDHW float32": "channels first float32",
+    "channels_last, (N, C) float32": "channels last float32",
+    "NCHW, NCL, NCDHW bfloat16": "channels first 16-bit",
+    "channels_last, (N, C) bfloat16": "channels last 16-bit",
+    "channels_last, 2 to 12 channels, float32": "few channels, channels last",
+    "`grad_y` in another layout than `x`, NLC view": "x and grad_y in different layouts, NLC view",
+    "expanded `grad_y` (`y.sum().backward()`)": "expanded grad_y",
+    "outputs of 32 MiB and more": "outputs >= 32 MiB",
+    "(64, 256)": "tiny (64,256)",
+}
+COLUMNS = [
+    *itertools.product(("forward", "forward+backward"), ("plain", "relu", "add_relu")),
+    *(("eval", "plain"), ("eval", "relu")),
+]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The ratios to torch that were measured, by family, pass, fusion and threads."""
+    ratios = collections.defaultdict(list)
+    for cell in report.read_cells(MEASURED).results:
+        ratios[cell.family, cell.pass_name, cell.fusion, cell.threads].append(cell.ratio("torch"))
+    return ratios
+
+
+def test_the_table_of_speeds_is_what_was_measured(measured):
+    """Each number is the geometric mean of its cells, on one thread and on two; a run that is kept changes both."""
+    rows = table("tensors")
+    assert [row[0] for row in rows] == list(FAMILIES)
+    for label, *cells in rows:
+        for (pass_name, fusion), cell in zip(COLUMNS, cells, strict=True):
+            found = [measured.get((FAMILIES[label], pass_name, fusion, threads), []) for threads in (1, 2)]
+            assert bool(cell) == all(found), (label, pass_name, fusion)
+            for printed, ratios in zip(cell.split(" / ") if cell else (), found, strict=False):
+                half_a_digit = 0.5 * 10 ** -len(printed.partition(".")[2])
+                wanted = geometric_mean(ratio.median for ratio in ratios)
+                assert abs(float(printed) - wanted) <= 1.001 * half_a_digit, (label, pass_name, fusion, wanted)
+
+
+def test_how_many_cells_are_slower_is_what_was_measured(measured):
+    """Slower by more than the spread: the upper quartile of the ratio is below 1 too."""
+    ratios = [ratio for of_key in measured.values() for ratio in of_key]
+    slower = sum(ratio.high < 1 for ratio in ratios)
+    assert f"({slower} of {len(ratios)} cells are slower" in (ROOT / "README.md").read_text()
 
 
 # -------------------------------------------------------------------------------------------- docs
