@@ -23,7 +23,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
-from benchmarks.report import describe_environment, make_console, print_environment
+from benchmarks.report import describe_environment, make_console, plain_table, print_environment
 from benchmarks.timing import Plan, band, interleave, make_clock, paired_ratios
 
 SHAPES = ((8, 64, 28, 28), (8, 256, 14, 14))
@@ -122,12 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_environment(console, describe_environment())
     console.print(f"T={options.threads}: {clock.description}", markup=False)
     console.print("Time of torch under Inductor over the time of each: above 1 is faster than Inductor's own.\n")
-    table = Table(box=None, pad_edge=False)
-    for heading in ("network", "shape", "layout", "mode"):
-        table.add_column(heading)
-    table.add_column("torch ms", justify="right")
-    for implementation in OTHERS:
-        table.add_column(implementation, justify="right")
+    table = plain_table("", ["network", "shape", "layout", "mode"], ["torch ms", *OTHERS])
     try:
         for network, shape, layout, mode in itertools.product((Norms, Block), SHAPES, FORMATS, ("train", "eval")):
             functions = {

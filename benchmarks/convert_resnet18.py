@@ -14,14 +14,20 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
 from benchmarks.models import resnet18
-from benchmarks.report import describe_environment, make_console, milliseconds, print_environment, ratio_text
+from benchmarks.report import (
+    describe_environment,
+    make_console,
+    milliseconds,
+    plain_table,
+    print_environment,
+    ratio_text,
+)
 from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, training_step
 from benchmarks.timing import Clock, Plan, band, interleave, make_clock, paired_ratios
 
@@ -55,10 +61,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def report(times: dict[str, dict[Hashable, list[float | None]]], console: Console) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("median of a training step")
-    for heading in ("torch ms", "bnfused ms", "torch/bnfused (25-75 %)", "pairs"):
-        table.add_column(heading, justify="right")
+    table = plain_table(
+        "", ["median of a training step"], ["torch ms", "bnfused ms", "torch/bnfused (25-75 %)", "pairs"]
+    )
     for layout, samples in times.items():
         columns = [[1e3 * s for s in samples[name] if s is not None] for name in ("torch", "bnfused")]
         ratios = paired_ratios(samples["torch"], samples["bnfused"])

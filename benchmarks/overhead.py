@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
 from benchmarks.cases import FUSION_LABELS, FUSIONS
-from benchmarks.report import describe_environment, make_console, print_environment
+from benchmarks.report import describe_environment, make_console, plain_table, print_environment
 from benchmarks.timing import Band, Plan, band, interleave, make_clock, paired_ratios
 
 SHAPES = ((2, 4, 2, 2), (4, 8), (64, 256))
@@ -99,11 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock = make_clock(torch.device("cpu"), options.threads)
     print_environment(console, describe_environment())
     console.print(f"T={options.threads}: {clock.description}\n", markup=False)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("shape", "pass", "fusion"):
-        table.add_column(heading)
-    for heading in ("torch us", "bnfused us", "bnfused - torch us", "torch/bnfused", "25-75 %"):
-        table.add_column(heading, justify="right")
+    table = plain_table(
+        "",
+        ["shape", "pass", "fusion"],
+        ["torch us", "bnfused us", "bnfused - torch us", "torch/bnfused", "25-75 %"],
+    )
     interrupted = False
     try:
         for shape in SHAPES:

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
 from benchmarks.digits import load_digits
-from benchmarks.report import FEW_PAIRS, describe_environment, make_console, print_environment
+from benchmarks.report import FEW_PAIRS, describe_environment, make_console, plain_table, print_environment
 from benchmarks.timing import CpuClock, band, make_clock
 
 IMPLEMENTATIONS = ("torch", "bnfused")
@@ -414,16 +414,11 @@ def live(epoch: int, training: Training) -> str:
 
 
 def epoch_table(training: Training) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in (
-        "epoch",
-        "loss: torch",
-        "bnfused",
-        "largest difference in a step",
-        "test accuracy: torch",
-        "bnfused",
-    ):
-        table.add_column(heading, justify="right")
+    table = plain_table(
+        "",
+        [],
+        ["epoch", "loss: torch", "bnfused", "largest difference in a step", "test accuracy: torch", "bnfused"],
+    )
     theirs, ours = (training.epoch_losses(name) for name in IMPLEMENTATIONS)
     differences, size = training.differences(), training.steps_per_epoch
     for epoch in range(training.epochs()):
@@ -462,10 +457,7 @@ class Comparison:
 
 
 def time_table(training: Training) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("median per step")
-    for heading in ("torch ms", "bnfused ms", "torch/bnfused", "25-75 %", "steps"):
-        table.add_column(heading, justify="right")
+    table = plain_table("", ["median per step"], ["torch ms", "bnfused ms", "torch/bnfused", "25-75 %", "steps"])
     steps, _ = training.timed_steps(with_sites=False)
     sites, _ = training.timed_steps(with_sites=True)
     whole = Comparison("whole training step", [(a.seconds, b.seconds) for a, b in steps])
@@ -629,10 +621,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report_losses(training: Training, console: Console) -> None:
     console.print(epoch_table(training))
     console.print(f"\nLargest difference of the two losses in one step: {max(training.differences()):.2g}")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("error against the same training in float64")
-    for name in IMPLEMENTATIONS:
-        table.add_column(name, justify="right")
+    table = plain_table("", ["error against the same training in float64"], IMPLEMENTATIONS)
     gradients, losses = training.gradient_errors, [training.first_loss_errors(name) for name in IMPLEMENTATIONS]
     table.add_row("first gradient, relative", *(f"{gradients[name]:.1e}" for name in IMPLEMENTATIONS))
     for step, errors in enumerate(zip(*losses, strict=True)):
