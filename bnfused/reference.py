@@ -72,9 +72,8 @@ def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
         return empty, empty
     dims = [0, *range(2, values.dim())]
     mean = values.mean(dims)
-    mean = mean + (values - _per_channel(mean, values)).mean(
-        dims
-    )  # what rounding left: equal values have their own mean
+    # What rounding left, so that equal values have their own mean.
+    mean = mean + (values - _per_channel(mean, values)).mean(dims)
     return mean, (values - _per_channel(mean, values)).square().mean(dims)
 
 

@@ -31,7 +31,7 @@ PYTHON = {
     "parts": {"_extension", "activations", "ops", "reference"},
     "sync": {"activations", "autograd", "modules", "parts", "reference"},
     "explanation": {"_extension", "activations", "fake", "reference"},
-    "diagnostics": {"_extension", "activations", "reference", "functional", "modules"},
+    "diagnostics": set(),
     # The command line is a user of the package.
     "__main__": {"__init__", "_extension", "activations", "explanation"},
     # The names that users see.
