@@ -71,14 +71,4 @@ struct Cpu {
 
 TORCH_LIBRARY(bnfused, m) { bnfused::ops::define(m); }
 
-TORCH_LIBRARY_IMPL(bnfused, CPU, m) {
-  m.impl("batch_norm_train", bnfused::ops::batch_norm_train<Cpu>);
-  m.impl("batch_norm_frozen", bnfused::ops::batch_norm_frozen<Cpu>);
-  m.impl("batch_norm_eval", bnfused::ops::batch_norm_eval<Cpu>);
-  m.impl("batch_norm_backward", bnfused::ops::batch_norm_backward<Cpu>);
-  m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Cpu>);
-  m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Cpu>);
-  m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Cpu>);
-  m.impl("batch_norm_backward_reduce", bnfused::ops::batch_norm_backward_reduce<Cpu>);
-  m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Cpu>);
-}
+TORCH_LIBRARY_IMPL(bnfused, CPU, m) { bnfused::ops::implement<Cpu>(m); }

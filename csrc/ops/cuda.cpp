@@ -158,14 +158,4 @@ struct Cuda {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bnfused, CUDA, m) {
-  m.impl("batch_norm_train", bnfused::ops::batch_norm_train<Cuda>);
-  m.impl("batch_norm_frozen", bnfused::ops::batch_norm_frozen<Cuda>);
-  m.impl("batch_norm_eval", bnfused::ops::batch_norm_eval<Cuda>);
-  m.impl("batch_norm_backward", bnfused::ops::batch_norm_backward<Cuda>);
-  m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Cuda>);
-  m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Cuda>);
-  m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Cuda>);
-  m.impl("batch_norm_backward_reduce", bnfused::ops::batch_norm_backward_reduce<Cuda>);
-  m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Cuda>);
-}
+TORCH_LIBRARY_IMPL(bnfused, CUDA, m) { bnfused::ops::implement<Cuda>(m); }

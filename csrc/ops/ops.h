@@ -14,6 +14,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_native.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -510,6 +511,20 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_backward_apply(const at::Tensor& g
       "bnfused::batch_norm_backward_apply", &of_batch, nullptr, grad_y, x, weight, bias, residual, mean, invstd, mask,
       activation, activation_param, /*training=*/true, {output_mask[0], false, false, output_mask[1]});
   return {grad_x, grad_residual};
+}
+
+// Registers the backend for the ops of schema.cpp.
+template <class Backend>
+void implement(torch::Library& m) {
+  m.impl("batch_norm_train", batch_norm_train<Backend>);
+  m.impl("batch_norm_frozen", batch_norm_frozen<Backend>);
+  m.impl("batch_norm_eval", batch_norm_eval<Backend>);
+  m.impl("batch_norm_backward", batch_norm_backward<Backend>);
+  m.impl("batch_norm_stats", batch_norm_stats<Backend>);
+  m.impl("batch_norm_gather_stats", batch_norm_gather_stats<Backend>);
+  m.impl("batch_norm_apply", batch_norm_apply<Backend>);
+  m.impl("batch_norm_backward_reduce", batch_norm_backward_reduce<Backend>);
+  m.impl("batch_norm_backward_apply", batch_norm_backward_apply<Backend>);
 }
 
 }  // namespace bnfused::ops

@@ -277,17 +277,7 @@ struct Emulated {
 
 TORCH_LIBRARY(bnfused_emulated, m) { bnfused::ops::define(m); }
 
-TORCH_LIBRARY_IMPL(bnfused_emulated, CPU, m) {
-  m.impl("batch_norm_train", bnfused::ops::batch_norm_train<Emulated>);
-  m.impl("batch_norm_frozen", bnfused::ops::batch_norm_frozen<Emulated>);
-  m.impl("batch_norm_eval", bnfused::ops::batch_norm_eval<Emulated>);
-  m.impl("batch_norm_backward", bnfused::ops::batch_norm_backward<Emulated>);
-  m.impl("batch_norm_stats", bnfused::ops::batch_norm_stats<Emulated>);
-  m.impl("batch_norm_gather_stats", bnfused::ops::batch_norm_gather_stats<Emulated>);
-  m.impl("batch_norm_apply", bnfused::ops::batch_norm_apply<Emulated>);
-  m.impl("batch_norm_backward_reduce", bnfused::ops::batch_norm_backward_reduce<Emulated>);
-  m.impl("batch_norm_backward_apply", bnfused::ops::batch_norm_backward_apply<Emulated>);
-}
+TORCH_LIBRARY_IMPL(bnfused_emulated, CPU, m) { bnfused::ops::implement<Emulated>(m); }
 
 // What tests/emulator/emulated.py calls.
 extern "C" {
