@@ -32,8 +32,8 @@ def written_before_the_check(x, running_mean, *args, **kwargs):
 
 def raises_for_nothing(x, *args, activation=None, **kwargs):
     """A refusal that torch does not share."""
-    if activation == "gelu" and x.stride(-1) == 0:
-        raise RuntimeError("expected other strides")
+    if activation == "gelu" and x.dim() == 5:
+        raise RuntimeError("expected another rank")
     return right(x, *args, activation=activation, **kwargs)
 
 
@@ -44,9 +44,12 @@ def test_calls_agree_with_torch(seed):
 
 @pytest.mark.parametrize("wrong", [wrong_value, written_before_the_check, raises_for_nothing])
 def test_what_is_wrong_is_found(monkeypatch, capsys, seed, wrong):
-    """And printed as a call that fails again, and does not where nothing is wrong."""
+    """And printed as a call that fails again, and does not where nothing is wrong.
+
+    About one call of a hundred shows it; a loaded machine makes as many in a second.
+    """
     monkeypatch.setattr(functional, "batch_norm", wrong)
-    assert fuzz.main(["--seconds", "60", "--seed", str(seed)]) == 1
+    assert fuzz.main(["--seconds", "300", "--seed", str(seed)]) == 1
     (call,) = re.findall(r"--call ([0-9a-f]*)", capsys.readouterr().out)
     with pytest.raises(AssertionError):
         fuzz.main(["--call", call])

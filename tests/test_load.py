@@ -198,8 +198,9 @@ def test_interrupt_leaves_the_module_usable():
     struck = 0
     try:
         for i in range(150):
-            signal.setitimer(signal.ITIMER_REAL, 2e-4 + 3e-6 * i)
             try:
+                # Again and again: one that strikes in a destructor is printed there, and does not get here.
+                signal.setitimer(signal.ITIMER_REAL, 2e-4 + 3e-6 * i, 0.5)
                 while True:
                     leaf = x.detach().requires_grad_()
                     module(leaf, activation="relu").sum().backward()
@@ -219,11 +220,12 @@ def test_interrupt_leaves_the_module_usable():
 
 
 def test_no_memory_is_lost(request):
-    """Calls of every kind leave no more memory in use than before: 40 thousand, or with --large a million.
+    """Calls of every kind leave no more memory in use than before: three times 20 thousand, or with --large a million.
 
-    A tensor, a graph node or a tuple lost in each call would be 4 MB at least.
+    A tensor, a graph node or a tuple lost in each call would be 2 MB at least, each time; what the allocator or the
+    system rounds up, to a huge page at most, it rounds up once.
     """
-    calls = 1_000_000 if request.config.getoption("--large") else 40_000
+    calls = 1_000_000 if request.config.getoption("--large") else 20_000
     script = f"""
 import resource, torch, bnfused
 torch.set_num_threads(1)
@@ -245,14 +247,17 @@ def kinds(n):
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 kinds(4000)
-before = resident()
-kinds({calls})
-print(resident() - before)
+grown = []
+for _ in range(3):
+    before = resident()
+    kinds({calls})
+    grown.append(resident() - before)
+print(min(grown))
 """
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("no /proc/self/statm here")
     grown = int(run_script(script, timeout=900))
-    assert grown < 2**21, f"{grown} bytes after {calls} calls"
+    assert grown < 2**20, f"at least {grown} bytes in each {calls} calls"
 
 
 # --------------------------------------------------------------------------------------- memory

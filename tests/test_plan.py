@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import bnfused
 from bnfused import _extension, explanation
 
 pytestmark = pytest.mark.usefixtures("extension")
+
+# How long an example takes says something of the machine only.
+SETTINGS = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 UNIT = 8
 SIZES = {0: 2, 1: 2, 2: 4, 3: 8}
@@ -158,7 +161,7 @@ def check(op: str, plan: dict[str, Any], problem: dict[str, int], device: str) -
         assert static + constants * (double if problem["dtype"] == 3 else single) <= SHARED_BYTES, launch
 
 
-@settings(max_examples=400, deadline=None)
+@SETTINGS
 @given(problems(), devices, st.booleans(), st.booleans(), st.sampled_from([None, "small", "streaming", "resident"]))
 @example({"outer": 2**34 // 8, "channels": 8, "inner": 1, "dtype": 0}, "b200", True, True, None)
 @example({"outer": 1, "channels": 1, "inner": 2**34, "dtype": 1}, "h200", False, False, "small")
@@ -182,7 +185,7 @@ def test_forward(problem: dict[str, int], device: str, residual: bool, mask: boo
         assert plan["bytes_written"] == size + (-(-numel // 8) if mask else 0)
 
 
-@settings(max_examples=400, deadline=None)
+@SETTINGS
 @given(problems(), devices, st.data(), st.sampled_from([None, "small", "streaming", "resident"]))
 def test_backward(problem: dict[str, int], device: str, data: st.DataObject, strategy: str | None) -> None:
     """At most two launches; one where nothing waits for the sums."""
@@ -202,7 +205,7 @@ def test_backward(problem: dict[str, int], device: str, data: st.DataObject, str
     assert plan["bytes_written"] == (request["grad_x"] + request["grad_residual"]) * size
 
 
-@settings(max_examples=400, deadline=None)
+@SETTINGS
 @given(problems(), devices)
 def test_statistics_of_a_part(problem: dict[str, int], device: str) -> None:
     """One launch, one read."""
@@ -213,7 +216,7 @@ def test_statistics_of_a_part(problem: dict[str, int], device: str) -> None:
     assert (plan["bytes_read"], plan["bytes_written"]) == (size, 0)
 
 
-@settings(deadline=None)
+@SETTINGS
 @given(st.integers(0, 100_000), st.integers(0, 10**6))
 @example(1, 2**31 - 1)
 def test_merge_of_parts(parts: int, channels: int) -> None:
@@ -238,7 +241,7 @@ def test_strategies_can_be_asked_for() -> None:
         plan_of(problem, "h100", op="train", strategy="persistent")
 
 
-@settings(max_examples=400, deadline=None)
+@SETTINGS
 @given(
     problems(),
     st.sampled_from(["train", "backward"]),
@@ -304,7 +307,7 @@ def test_clusters() -> None:
     assert cluster("h100", 512, 64, 12_544)[0] == 1
 
 
-@settings(max_examples=400, deadline=None)
+@SETTINGS
 @given(problems(), st.sampled_from(["train", "backward"]), st.sampled_from(["h100", "b200", "rtx5090"]))
 def test_clusters_move_no_more(problem: dict[str, int], op: str, device: str) -> None:
     """They are another way to exchange sums: strategy, launches and bytes are those of a GPU without them."""
