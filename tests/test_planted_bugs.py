@@ -145,6 +145,8 @@ class Planted:
             if training:
                 mean, var = self._statistics(values)
             invstd = var.rsqrt() if bug == "invstd without eps" else (var + eps).rsqrt()
+            if bug == "invstd of 20 bits":
+                invstd = invstd * (1 + 2**-20)
             if bug == "float32 mean":
                 mean = mean.float().double()
             if bug == "mean(g) missing":
@@ -366,6 +368,7 @@ FOUND_BY = {
         shape=(20_000, 3), regime="outlier_first_at_1e4", zero_stats=True
     ),
     "float32 mean": _against_oracle(regime="mean_1e4_std_0.01"),
+    "invstd of 20 bits": lambda bn: checks.check_no_worse_than_torch(bn, lambda: cases.make((6, 5, 4, 3))),
     "shift folded into the bias in float32": _constant,
     "last row left out": _against_oracle(shape=(300, 5)),
     "last channels not computed": _against_oracle(shape=(4, 65)),
