@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -142,10 +143,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Seeds torch for this test, from the seed of the run and the test's name; pytest shows the line of a failure."""
+    """Seeds torch and ``random`` for this test, from the seed of the run and the test's name; pytest shows the line of
+    a failure."""
     base = request.config.stash[_SEED]
     own = zlib.crc32(f"{base} {request.node.nodeid}".encode())
     torch.manual_seed(own)
+    random.seed(own)
     print(f"random data: rerun with --seed {base}")
     return own
 
@@ -155,8 +158,15 @@ _SEED = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--seed")
-    config.stash[_SEED] = random.SystemRandom().randrange(10**6) if given is None else given
+    drawn = random.SystemRandom().randrange(10**6) if given is None else given
+    # A process of pytest-xdist has the seed of the one that prints it.
+    config.stash[_SEED] = getattr(config, "workerinput", {}).get("seed", drawn)
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["seed"] = node.config.stash[_SEED]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
