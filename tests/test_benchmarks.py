@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_script(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a benchmark as a user would, from a folder that is not the checkout's."""
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def result(ratio: Band | None, peer: str = "torch", pairs: int = 9, **changes: object) -> CellResult:
