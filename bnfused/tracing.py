@@ -21,6 +21,7 @@ import dis
 import enum
 import functools
 import inspect
+import itertools
 import math
 import operator
 import sys
@@ -43,32 +44,55 @@ class Untraceable(Exception):
 class Record:
     """What ``forward`` did, in a graph whose placeholders are its arguments.
 
-    ``forwards`` are that of its class and those behind it, which ``super`` finds. ``observed`` is what it read of its
-    module, as (name, fact), and ``observed_globals`` what its code names of the Python module that it stands in, and of
-    classes and functions there, as (place, name, value). ``argument_types`` are those of its arguments.
+    ``forwards`` are that of its class and those behind it, which ``super`` finds. ``children`` are what it called, and
+    asked nothing else. ``observed`` is what else it read of its module, as (name, fact), and ``observed_globals`` what
+    its code names of the Python module that it stands in, and of classes and functions there, as (place, name, value).
+    ``argument_types`` are those of its arguments.
     """
 
-    forwards: tuple[Any, ...]
+    forwards: list[Any]
     graph: fx.Graph
+    children: tuple[str, ...]
     observed: tuple[tuple[str, Any], ...]
     observed_globals: tuple[tuple[_Place, str, Any], ...]
     argument_types: tuple[type, ...]
     asked_for_types: bool
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the forward of ``module`` is the same and would read the same now."""
-        return (
-            _forwards(type(module)) == self.forwards
-            and all(fact(module, name) == observed for name, observed in self.observed)
-            and all(getattr(place, name, None) is value for place, name, value in self.observed_globals)
-        )
+        """Whether the forward of ``module`` is the same and would read the same now.
+
+        Every call of a block asks. A loop takes half the time of ``all`` over a generator.
+        """
+        for name, observed in self.observed:
+            if fact(module, name) != observed:
+                return False
+        for place, name, value in self.observed_globals:
+            if getattr(place, name, None) is not value:
+                return False
+        return _forwards(type(module)) == self.forwards and _are_children(module, self.children)
 
 
 _Place = ModuleType | type | FunctionType
 
 
-def _forwards(cls: type) -> tuple[Any, ...]:
-    return tuple(base.__dict__["forward"] for base in cls.__mro__ if "forward" in base.__dict__)
+def _are_children(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether each ``module.name`` is a child of the module, found where ``nn.Module.__getattr__`` finds it.
+
+    That is asked here of all names at once, in a sixth of the time that it takes to look them up one by one.
+    """
+    if torch.compiler.is_compiling():  # Dynamo guards what is looked up by name, and only that
+        return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+    cls = type(module)
+    if cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not nn.Module.__getattribute__:
+        return False
+    for place in (module, *cls.__mro__):
+        if not place.__dict__.keys().isdisjoint(names):
+            return False
+    return all(map(isinstance, map(module._modules.get, names), itertools.repeat(nn.Module)))
+
+
+def _forwards(cls: type) -> list[Any]:
+    return [base.__dict__["forward"] for base in cls.__mro__ if "forward" in base.__dict__]
 
 
 class _ABSENT:
@@ -122,6 +146,8 @@ def fact(module: nn.Module, name: str) -> Any:
     Equal facts mean an equal run, in a copy of the module too.
     """
     value = getattr(module, name, _ABSENT)
+    if value is None:  # the usual one: a child that a block can have
+        return type(None), None
     if type(value) is nn.ModuleList:
         return nn.ModuleList, len(value)
     if type(value) is nn.ModuleDict:
@@ -148,8 +174,12 @@ def record(module: nn.Module, argument_types: tuple[type, ...]) -> Record:
             return _with_mode_as_value(module, argument_types)
         observed = dict(result.observed) | dict(other.observed)
         del observed["training"]
-        observed_globals = dict.fromkeys((*result.observed_globals, *other.observed_globals))
-        result = dataclasses.replace(result, observed=tuple(observed.items()), observed_globals=tuple(observed_globals))
+        result = dataclasses.replace(
+            result,
+            children=tuple(dict.fromkeys((*result.children, *other.children))),
+            observed=tuple(observed.items()),
+            observed_globals=tuple(dict.fromkeys((*result.observed_globals, *other.observed_globals))),
+        )
     return result
 
 
@@ -241,6 +271,7 @@ class _Recording:
         self.training = training
         self.argument_types = argument_types
         self.tracer = _Tracer(self)
+        self.called: dict[str, None] = {}
         self.observed: dict[str, Any] = {}
         self.observed_globals: dict[tuple[_Place, str], Any] = {}
         self.children: dict[str, _Child] = {}
@@ -276,6 +307,7 @@ class _Recording:
         return Record(
             forwards=_forwards(cls),
             graph=self.tracer.graph,
+            children=tuple(self.called),
             observed=tuple(self.observed.items()),
             observed_globals=tuple((*place, value) for place, value in self.observed_globals.items()),
             argument_types=self.argument_types,
@@ -339,14 +371,15 @@ class _Recording:
         return value
 
     def child(self, name: str, child: nn.Module | None) -> Any:
+        if child is not None and type(child) not in (nn.ModuleList, nn.ModuleDict):
+            self.called[name] = None
+            return self.stand_in(name, child)
         self.observed[name] = fact(self.module, name)
-        if child is None:
-            return None
         if type(child) is nn.ModuleList:
             return tuple(self.stand_in(f"{name}.{i}", element) for i, element in enumerate(child))
         if type(child) is nn.ModuleDict:
             return {key: self.stand_in(f"{name}.{key}", element) for key, element in child.items()}
-        return self.stand_in(name, child)
+        return None
 
     def stand_in(self, target: str, child: nn.Module) -> _Child:
         return self.children.setdefault(target, _Child(self, target, _has_length(child)))
@@ -540,8 +573,11 @@ class _Child:
         return _of(self, "recording").tracer.create_proxy("call_module", _of(self, "target"), args, kwargs)
 
     def __bool__(self) -> bool:
+        recording, target = _of(self, "recording"), _of(self, "target")
         if _of(self, "has_length"):
-            _of(self, "recording").fail(f"asks for the length of {_of(self, 'target')}")
+            recording.fail(f"asks for the length of {target}")
+        if target in recording.called:
+            recording.observed[target] = fact(recording.module, target)
         return True
 
     def __getattribute__(self, name: str) -> Any:

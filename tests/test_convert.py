@@ -1157,6 +1157,57 @@ def test_replaced_modules(what):
     twins.assert_same_training(converted, original, images())
 
 
+def test_a_child_taken_out():
+    """A block that asks for it goes another way."""
+    converted, original = pair(Residual(downsample=True))
+    for model in (converted, original):
+        model.downsample = None
+    twins.assert_same_training(converted, original, images())
+
+
+@pytest.mark.parametrize("name", ["conv2", "relu"])
+def test_a_child_replaced_while_its_block_runs(name):
+    """As a module does that makes its neighbour at the first call: each child is looked up where it is called."""
+    converted, original = pair(Residual())
+    for model in (converted, original):
+
+        def replace(*_, model=model):
+            setattr(model, name, Doubling().double())
+
+        model.bn1.register_forward_pre_hook(replace)
+    twins.assert_same_training(converted, original, images())
+
+
+@pytest.mark.parametrize("name", ["conv2", "relu"])
+@pytest.mark.parametrize("place", ["the module", "its class", "the class behind it"])
+def test_a_child_hidden_by_an_attribute(monkeypatch, place, name):
+    """Python finds a child only where neither the module nor a class has an attribute of that name."""
+
+    class Derived(Residual):
+        pass
+
+    converted, original = pair(Derived())
+    if place == "the module":
+        for model in (converted, original):
+            vars(model)[name] = torch.tanh
+    else:
+        cls = Derived if place == "its class" else Residual
+        monkeypatch.setattr(cls, name, staticmethod(torch.tanh), raising=False)
+    twins.assert_same_outputs(converted, original, images())
+
+
+@pytest.mark.parametrize("method", ["__getattr__", "__getattribute__"])
+def test_a_class_that_learns_to_look_attributes_up(monkeypatch, method):
+    converted, original = pair(Residual())
+    usual = getattr(nn.Module, method)
+
+    def other(self, name):
+        return self._modules["conv1"] if name == "conv2" else usual(self, name)
+
+    monkeypatch.setattr(Residual, method, other, raising=False)
+    twins.assert_same_outputs(converted, original, images())
+
+
 def test_overwritten_result_that_is_not_new():
     """out += identity where out is the result of a module that returns its input."""
     converted, original = pair(block(in_place_on_the_other_one))
