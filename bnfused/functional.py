@@ -90,7 +90,8 @@ def batch_norm(
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"batch_norm: expected {missing} when not training, got None")
 
-    if not _has_kernel(input):
+    compiling = torch.compiler.is_compiling()
+    if not _has_kernel(input, compiling):
         return reference.batch_norm(
             input,
             running_mean,
@@ -106,7 +107,7 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked,
         )
     state = (running_mean, running_var, num_batches_tracked)
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if compiling or torch._C._get_tracing_state() is not None:
         # The op is a node of the graph; its gradient comes from the dispatcher.
         if training:
             train = torch.ops.bnfused.batch_norm_train.default
@@ -122,7 +123,7 @@ def batch_norm(
         return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, residual, eps, code, param)
 
 
-def _has_kernel(x: Tensor) -> bool:
+def _has_kernel(x: Tensor, compiling: bool) -> bool:
     """Whether the ops can run on ``x``: the extension is there, for its device, and nothing asks for a transform."""
     if not _available:
         _extension.warn_once(f"bnfused runs its slow reference path: {_extension.why_unavailable()}")
@@ -135,12 +136,12 @@ def _has_kernel(x: Tensor) -> bool:
                 f"path{how}"
             )
             return False
-        if not torch.compiler.is_compiling():  # Dynamo cannot ask a device
+        if not compiling:  # Dynamo cannot ask a device
             _extension.check_gpu(x.device.index)
     if x.dim() < 2:  # (0,), which has nothing to compute
         return False
     return not (
         autograd.in_transform()
         # What outlived its transform; Dynamo cannot ask, and hands no such tensor on.
-        or (not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x))
+        or (not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x))
     )
