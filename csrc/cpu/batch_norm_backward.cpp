@@ -227,7 +227,7 @@ class ColumnSums {
   }
 
  private:
-  std::unique_ptr<double[]> sums_, products_;
+  Scratch<double> sums_, products_;
   std::unique_ptr<GradSums[]> all_;
 };
 
@@ -267,7 +267,11 @@ void backward_rows(const BackwardArgs& args) {
     at::parallel_for(0, sum_tasks.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         for_rows(sum_view, sum_tasks.begin(task), sum_tasks.end(task), [&](Runs runs, int64_t at) {
-          sums[task].add(leaf, kind, runs, [&](int64_t row) { return args_at(at + row * sum_view.columns); });
+          sums[task].add(leaf, kind, runs, [&](int64_t row) {
+            GradArgs<T> g = args_at(at + row * sum_view.columns);
+            g.source = source_of<T>(p);
+            return g;
+          });
         });
       }
     });

@@ -109,9 +109,8 @@ void eval_rows(const EvalArgs& args) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const RowView view = row_view(p, kColumns, args.mask != nullptr);
-  const auto apply =
-      best_leaves<T>()
-          .apply[int(Layout::kRows)][streams<T>(p, view.columns, {args.y})][int(forward_kind(args.epilogue))];
+  const bool streaming = streams<T>(p, view.columns, {args.y});
+  const auto apply = best_leaves<T>().apply[int(Layout::kRows)][streaming][int(forward_kind(args.epilogue))];
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
   at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) coefficients.set(c, finish<A>(args, c));
@@ -120,6 +119,7 @@ void eval_rows(const EvalArgs& args) {
     for_rows(view, begin, end, [&](Runs runs, int64_t at) {
       ApplyArgs<T> a = apply_args<T>(args, at, at / 8);
       a.runs = runs;
+      a.prefetch = streaming ? kStreamAheadBytes / int64_t(sizeof(T)) : 0;
       a.coefficients = coefficients.data();
       a.coefficient_stride = coefficients.stride();
       apply(a);

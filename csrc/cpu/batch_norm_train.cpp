@@ -122,8 +122,8 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
   const RowView view = row_view(p, kColumns, args.mask != nullptr);
-  const auto apply =
-      leaf.apply[int(Layout::kRows)][streams<T>(p, view.columns, {args.y})][int(forward_kind(args.epilogue))];
+  const bool streaming = streams<T>(p, view.columns, {args.y});
+  const auto apply = leaf.apply[int(Layout::kRows)][streaming][int(forward_kind(args.epilogue))];
 
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
   for_each_channel_of_rows(p, static_cast<const T*>(args.x),
@@ -135,6 +135,7 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
       for_rows_backwards(view, tasks.begin(task), tasks.end(task), sizeof(T), [&](Runs runs, int64_t at) {
         ApplyArgs<T> a = apply_args<T>(args, at, at / 8);
         a.runs = runs;
+        a.prefetch = streaming ? kStreamAheadBytes / int64_t(sizeof(T)) : 0;
         a.coefficients = coefficients.data();
         a.coefficient_stride = coefficients.stride();
         apply(a);

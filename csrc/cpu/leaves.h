@@ -39,10 +39,13 @@ constexpr int kBackwards = 4;
 
 enum class Layout { kPlanes, kRows };
 
+// Where a pass over rows that only sums them finds them.
+enum class Source { kCache, kMemory };
+
 // Widest vector of any instruction set, in values: coefficient arrays of the rows layout are padded by as much.
 constexpr int64_t kMaxLanes = 16;
-// Alignment that streaming stores want of every run.
-constexpr int64_t kStreamBytes = 64;
+// Of a cache: what streaming stores want every run to start on, and what no vector should straddle.
+constexpr int64_t kLineBytes = 64;
 
 // y = act((x - mean) * scale + shift + residual). Coefficient k is coefficients[k * stride + column] in the rows layout
 // and coefficients[k * stride + run * step] in the planes layout, where step 0 gives all runs the same.
@@ -73,6 +76,7 @@ struct GradArgs {
   Runs runs;
   const Accumulate<T>* coefficients;
   int64_t coefficient_stride;
+  Source source;  // for the sums of rows
   int64_t prefetch, store_ahead;
   bool training;
   Epilogue epilogue;
@@ -89,7 +93,7 @@ struct Leaves {
   // is never more than a few roundings old.
   Sums (*plane_moments)(const T* x, Runs, A shift);
   // The same for every column; sums and squares are overwritten.
-  void (*row_moments)(const T* x, Runs, const A* shift, double* sums, double* squares);
+  void (*row_moments)(const T* x, Source, Runs, const A* shift, double* sums, double* squares);
   // Whether `trusted` (moments.h) holds for every column.
   bool (*all_trusted)(const double* sums, const double* squares, double count, int64_t columns);
   // Merges a block's sums, around its shift, into the mean and sum of squared deviations of `before` earlier values.

@@ -93,15 +93,10 @@ struct PerColumn {
 template <Layout kLayout, class A, int kCount>
 using Coefficients = std::conditional_t<kLayout == Layout::kPlanes, Broadcast<A, kCount>, PerColumn<A, kCount>>;
 
-// Rows that share the loads of their coefficients: those loads cost as much as the data once it comes from beyond L2.
-// Streaming 16-bit rows go one by one: half a line at a time to several rows, the write-combining buffers are flushed
-// half full. So do the streaming rows of the backward, which reads two tensors: memory delivers two streams of lines in
-// order faster than eight (measured on 26 MB, 1 KiB rows: its last pass at 47 instead of 28 GB/s; with the one stream
-// of the forward, 0.7 to 1.3 times as fast).
-template <class T, Layout kLayout, bool kStream>
-constexpr int kTogether = kLayout == Layout::kPlanes || (kStream && kIsHalf<T>) ? 1 : 4;
+// Rows that share the loads of their coefficients. Streaming rows go one by one: memory delivers one stream of lines of
+// each tensor, in order, faster than four.
 template <Layout kLayout, bool kStream>
-constexpr int kGradsTogether = kLayout == Layout::kPlanes || kStream ? 1 : 4;
+constexpr int kTogether = kLayout == Layout::kPlanes || kStream ? 1 : 4;
 
 // Calls f(run, count) for all runs, kMost at a time and then one by one; count is a constant.
 template <int kMost, class F>
@@ -120,7 +115,7 @@ void apply(const ApplyArgs<T>& args_in) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const ApplyArgs<T> args = args_in;
-  for_each_group<kTogether<T, kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
+  for_each_group<kTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
     const Coefficients<kLayout, A, kForwardCoefficients> coefficients(args.coefficients + run * args.coefficient_step,
                                                                       args.coefficient_stride);
     constexpr bool kMayOverlap = !kStream && kKind != Forward::kReLU;
@@ -243,16 +238,36 @@ BNFUSED_INLINE void sum_tile(int64_t rows, int64_t column, Term term, double* su
   }
 }
 
-// Rows of up to four vectors keep their sums in registers. Wider ones are taken eight at a time, left to right, so that
-// the sums of a column are loaded once for eight of its values. Eight rows that lie side by side within a page confuse
-// the hardware's prefetch, so they are taken from eight places instead, each read in order (measured on 1 KiB rows:
-// the sums of the backward at 41 instead of 24 GB/s); rows of a page and more are streams of their own already.
-template <class A, class Term>
-BNFUSED_INLINE void sum_columns(Runs runs, int64_t row_bytes, Term term, double* sums, double* products) {
+// Rows of up to four vectors, whose sums stay in registers.
+template <class A>
+BNFUSED_INLINE bool is_tile(int64_t width) {
+  return width <= 4 * Vec<A>::kSize && width % Vec<A>::kSize == 0;
+}
+
+// Places that wide rows are summed at, at once. From memory four streams of lines arrive the fastest (25 MB, 1 KiB
+// rows: the sums of the backward 1.04 ms from two places of two tensors, 1.34 from eight); from the cache, and where a
+// line holds twice the values, more places are less work.
+template <class T, int kTensors>
+constexpr int kPlaces = kIsHalf<T> ? 8 : 4 / kTensors;
+constexpr int kCachePlaces = 8;
+
+// Values ahead that each tensor is fetched: 16 KiB shared by the streams. A tile's rows are one stream of each tensor.
+template <class T, int kTensors>
+BNFUSED_INLINE int64_t values_ahead(Source source, int64_t width) {
+  constexpr int64_t kBytes = 16384;
+  if (source == Source::kCache) return 0;
+  if (is_tile<Accumulate<T>>(width)) return kBytes / kTensors / int64_t(sizeof(T));
+  return kIsHalf<T> ? 0 : kBytes / kTensors / kPlaces<T, kTensors> / int64_t(sizeof(T));
+}
+
+// Wide rows are taken several at a time, left to right, so that the sums of a column are loaded once for several of its
+// values; from places far apart, each read in order, since rows that lie side by side confuse the hardware's prefetch.
+template <int kMemoryPlaces, class A, class Term>
+BNFUSED_INLINE void sum_columns(Source source, Runs runs, Term term, double* sums, double* products) {
   using V = Vec<A>;
   constexpr int W = V::kSize;
   const int64_t width = runs.length, rows = runs.count;
-  if (width <= 4 * W && width % W == 0) {
+  if (is_tile<A>(width)) {
     int64_t column = 0;
     if (width == 4 * W) {
       sum_tile<4, A>(rows, 0, term, sums, products);
@@ -265,23 +280,18 @@ BNFUSED_INLINE void sum_columns(Runs runs, int64_t row_bytes, Term term, double*
     if (column < width) sum_tile<1, A>(rows, column, term, sums, products);
     return;
   }
-  constexpr int kChains = 2;
-  constexpr int kRows = kChains * kLaneValues;
-  constexpr int64_t kPage = 4096;
-  const int64_t groups = rows / kRows;
-  const int64_t apart = row_bytes < kPage ? groups : 1;
-  const auto sweep = [&](int64_t row, auto count) BNFUSED_INLINE_LAMBDA {
+  const auto sweep = [&](int64_t row, int64_t apart, auto count) BNFUSED_INLINE_LAMBDA {
     for_each_vector<A>(width, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
-      V first[kChains] = {V(A(0)), V(A(0))}, second[kChains] = {V(A(0)), V(A(0))};
+      constexpr int kRows = decltype(count)::value;
+      constexpr int kChains = kRows > kLaneValues ? 2 : 1;
+      V first[2] = {V(A(0)), V(A(0))}, second[2] = {V(A(0)), V(A(0))};
 #pragma GCC unroll 8
-      for (int r = 0; r < decltype(count)::value; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         const Pair<A> t = term(row + r * apart, i, lanes);
         first[r % kChains] = first[r % kChains] + t.u;
         second[r % kChains] = fma(t.u, t.v, second[r % kChains]);
       }
-      Wide<A> a(first[0]), b(second[0]);
-      a += Wide<A>(first[1]);
-      b += Wide<A>(second[1]);
+      Wide<A> a(first[0] + first[1]), b(second[0] + second[1]);
       if (row > 0) {
         a += load_wide<A>(sums + i);
         b += load_wide<A>(products + i);
@@ -290,10 +300,16 @@ BNFUSED_INLINE void sum_columns(Runs runs, int64_t row_bytes, Term term, double*
       store_wide<A>(products + i, b);
     });
   };
-  for (int64_t group = 0; group < groups; ++group) {
-    sweep(apart == 1 ? group * kRows : group, std::integral_constant<int, kRows>{});
+  const auto sweep_all = [&](auto places) BNFUSED_INLINE_LAMBDA {
+    const int64_t apart = rows / places;
+    for (int64_t row = 0; row < apart; ++row) sweep(row, apart, places);
+    for (int64_t row = apart * places; row < rows; ++row) sweep(row, 1, std::integral_constant<int, 1>{});
+  };
+  if (source == Source::kCache) {
+    sweep_all(std::integral_constant<int, kCachePlaces>{});
+  } else {
+    sweep_all(std::integral_constant<int, kMemoryPlaces>{});
   }
-  for (int64_t row = groups * kRows; row < rows; ++row) sweep(row, std::integral_constant<int, 1>{});
 }
 
 template <class T>
@@ -307,13 +323,16 @@ Sums plane_moments(const T* x, Runs runs, Accumulate<T> shift) {
 }
 
 template <class T>
-void row_moments(const T* x, Runs runs, const Accumulate<T>* shift, double* sums, double* squares) {
+void row_moments(const T* x, Source source, Runs runs, const Accumulate<T>* shift, double* sums, double* squares) {
   using A = Accumulate<T>;
-  sum_columns<A>(
-      runs, runs.length * sizeof(T),
+  const int64_t ahead = values_ahead<T, 1>(source, runs.length);
+  sum_columns<kPlaces<T, 1>, A>(
+      source, runs,
       [=](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+        const T* at = x + run * runs.stride + i;
+        __builtin_prefetch(at + ahead);
         const Vec<A> k = load(shift + i);
-        const Vec<A> d = load_lanes(x + run * runs.stride + i, lanes, k) - k;
+        const Vec<A> d = load_lanes(at, lanes, k) - k;
         return Pair<A>{d, d};
       },
       sums, squares);
@@ -427,10 +446,15 @@ void row_grad_sums(const GradArgs<T>& args_in, double* sums, double* products) {
   using A = Accumulate<T>;
   const GradArgs<T> args = args_in;
   const PerColumn<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
-  sum_columns<A>(
-      args.runs, args.runs.length * sizeof(T),
-      [&](int64_t run, int64_t i, auto lanes)
-          BNFUSED_INLINE_LAMBDA { return gated<T, kKind>(args, c.at(i), run, i, lanes); },
+  const int64_t ahead = values_ahead<T, 2>(args.source, args.runs.length);
+  sum_columns<kPlaces<T, 2>, A>(
+      args.source, args.runs,
+      [&](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
+        const int64_t at = run * args.runs.stride + i + ahead;
+        __builtin_prefetch(args.x + at);
+        __builtin_prefetch(args.grad_y + at);
+        return gated<T, kKind>(args, c.at(i), run, i, lanes);
+      },
       sums, products);
 }
 
@@ -440,7 +464,7 @@ void grad_apply(const GradArgs<T>& args_in) {
   using V = Vec<A>;
   const GradArgs<T> args = args_in;
   const Coefficients<kLayout, A, kBackwardCoefficients> coefficients(args.coefficients, args.coefficient_stride);
-  for_each_group<kGradsTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
+  for_each_group<kTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
     constexpr bool kMayOverlap = !kStream && kKind != Backward::kMaskedReLU;
     map_vectors<A, kMayOverlap>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
       const auto& from = coefficients.at(i);

@@ -143,7 +143,7 @@ class GroupMoments {
     const double count = double(runs.count * inner_);
     for (int64_t c = 0; c < together_; ++c) means_[c] = static_cast<A>(all_[c].mean);
     leaf.spread(means_.get(), 1, together_, inner_, shift_.get());
-    leaf.row_moments(x, runs, shift_.get(), sums_.get(), squares_.get());
+    leaf.row_moments(x, Source::kCache, runs, shift_.get(), sums_.get(), squares_.get());
     leaf.fold(sums_.get(), squares_.get(), together_, inner_, of_channel_.get());
     for (int64_t c = 0; c < together_; ++c) {
       const Sums& sums = of_channel_[c];
@@ -156,8 +156,9 @@ class GroupMoments {
   }
 
   int64_t together_, inner_;
-  std::unique_ptr<A[]> means_, shift_;
-  std::unique_ptr<double[]> sums_, squares_;
+  std::unique_ptr<A[]> means_;
+  Scratch<A> shift_;
+  Scratch<double> sums_, squares_;
   std::unique_ptr<Sums[]> of_channel_;
   std::unique_ptr<Moments[]> all_;
 };
@@ -168,14 +169,15 @@ class ColumnMoments {
   using A = Accumulate<T>;
 
  public:
-  explicit ColumnMoments(int64_t columns)
-      : shift_(scratch<A>(columns)),
+  ColumnMoments(int64_t columns, Source source)
+      : source_(source),
+        shift_(scratch<A>(columns)),
         sums_(scratch<double>(columns)),
         squares_(scratch<double>(columns)),
         mean_(scratch<double>(columns)),
         m2_(scratch<double>(columns)) {
-    std::fill_n(mean_.get(), columns + kMaxLanes, 0.0);
-    std::fill_n(m2_.get(), columns + kMaxLanes, 0.0);
+    std::fill_n(mean_.get(), padded(columns), 0.0);
+    std::fill_n(m2_.get(), padded(columns), 0.0);
   }
 
   // All columns have `rows_` values, and the first `tail_` of them one more.
@@ -196,7 +198,7 @@ class ColumnMoments {
     const int64_t width = runs.length;
     const double count = double(runs.count);
     for (int64_t i = 0; i < width; ++i) shift_[i] = static_cast<A>(mean_[i]);
-    leaf.row_moments(x, runs, shift_.get(), sums_.get(), squares_.get());
+    leaf.row_moments(x, source_, runs, shift_.get(), sums_.get(), squares_.get());
     if (!leaf.all_trusted(sums_.get(), squares_.get(), count, width)) mend(leaf, x, runs);
     leaf.merge_columns(shift_.get(), sums_.get(), squares_.get(), count, double(rows_), mean_.get(), m2_.get(), width);
   }
@@ -213,7 +215,7 @@ class ColumnMoments {
         shift_[i] = static_cast<A>(shift_[i] + sums.first / count);
         again = true;
       }
-      if (again) leaf.row_moments(x, runs, shift_.get(), sums_.get(), squares_.get());
+      if (again) leaf.row_moments(x, Source::kCache, runs, shift_.get(), sums_.get(), squares_.get());
     }
     for (int64_t i = 0; i < runs.length; ++i) {
       if (in_range<A>({sums_[i], squares_[i]})) continue;
@@ -223,9 +225,10 @@ class ColumnMoments {
     }
   }
 
+  Source source_;
   int64_t rows_ = 0, tail_ = 0;
-  std::unique_ptr<A[]> shift_;
-  std::unique_ptr<double[]> sums_, squares_, mean_, m2_;
+  Scratch<A> shift_;
+  Scratch<double> sums_, squares_, mean_, m2_;
 };
 
 // Calls f(channel, moments) for every channel of the planes layout, each summed in `parts` parts.
@@ -271,7 +274,9 @@ void for_each_channel_of_rows(const Problem& p, const T* x, F f) {
   const RowTasks tasks(p, view);
   std::vector<ColumnMoments<T>> moments;
   moments.reserve(tasks.count());
-  for (int64_t task = 0; task < tasks.count(); ++task) moments.emplace_back(view.columns);
+  for (int64_t task = 0; task < tasks.count(); ++task) {
+    moments.emplace_back(view.columns, source_of<T>(p));
+  };
   at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       for_rows(view, tasks.begin(task), tasks.end(task),
