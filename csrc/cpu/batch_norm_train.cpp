@@ -38,18 +38,6 @@ class Finish {
 };
 
 template <class T>
-ApplyArgs<T> apply_args(const TrainArgs& args, int64_t at, int64_t mask_at) {
-  ApplyArgs<T> a{};
-  a.x = static_cast<const T*>(args.x) + at;
-  a.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
-  a.y = static_cast<T*>(args.y) + at;
-  a.mask = args.mask ? args.mask + mask_at : nullptr;
-  a.store_ahead = store_ahead();
-  a.epilogue = args.epilogue;
-  return a;
-}
-
-template <class T>
 void train_planes(const TrainArgs& args, const Finish& finish) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;

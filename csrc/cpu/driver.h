@@ -137,6 +137,20 @@ inline Forward forward_kind(const Epilogue& e) {
   return e.activation == Activation::kReLU ? Forward::kReLU : Forward::kOther;
 }
 
+// What the leaves of a forward take from TrainArgs or EvalArgs, from the value (and byte of the mask) on that a part of
+// the work starts at; runs and coefficients are the caller's.
+template <class T, class Args>
+ApplyArgs<T> apply_args(const Args& args, int64_t at, int64_t mask_at) {
+  ApplyArgs<T> a{};
+  a.x = static_cast<const T*>(args.x) + at;
+  a.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
+  a.y = static_cast<T*>(args.y) + at;
+  a.mask = args.mask ? args.mask + mask_at : nullptr;
+  a.store_ahead = store_ahead();
+  a.epilogue = args.epilogue;
+  return a;
+}
+
 // Where y = (x - mean) * scale + shift is computed in A: the mean in A, what A cannot hold of it folded into the shift.
 template <class A>
 struct Affine {
@@ -222,7 +236,7 @@ constexpr int64_t kGroupedChannels = 64;
 constexpr int64_t kGroupColumns = 1600;
 
 // Depends on the problem alone: the bits of the mask are in another order then, and the number of threads may change
-// between forward and backward.
+// between forward and backward. bnfused/explanation.py has the same rule, and that of the groups.
 inline bool has_short_planes(const Problem& p) {
   return p.inner > 1 && p.inner <= kShortPlane && p.channels >= kGroupedChannels && p.channels % 8 == 0;
 }
