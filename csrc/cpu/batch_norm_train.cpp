@@ -59,7 +59,8 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
   if (parts == 1) {
     const Part whole = part_of(p, 0, 1);
     // While one channel is written, the next one is fetched: reads and writes then share the way to memory.
-    const bool fits = p.rows() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
+    const int64_t fetched = args.residual ? 2 : 1;
+    const bool fits = fetched * p.rows() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
     at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const Moments m = slab_moments(leaf, x + whole.first(p, c), whole.runs(p));

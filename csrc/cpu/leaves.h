@@ -59,7 +59,7 @@ struct ApplyArgs {
   Runs runs;
   const Accumulate<T>* coefficients;
   int64_t coefficient_stride, coefficient_step;
-  int64_t prefetch;     // values ahead of x to fetch into L2 while storing; 0 for none
+  int64_t prefetch;     // values ahead of x and residual to fetch into L2 while storing; 0 for none
   int64_t store_ahead;  // bytes ahead of a store to ask for its line; 0 for not
   Epilogue epilogue;
 };

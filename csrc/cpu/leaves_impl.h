@@ -125,7 +125,10 @@ void apply(const ApplyArgs<T>& args_in) {
 #pragma GCC unroll 4
       for (int r = 0; r < decltype(count)::value; ++r) {
         const int64_t at = (run + r) * args.runs.stride + i;
-        if (args.prefetch) __builtin_prefetch(args.x + at + args.prefetch, 0, 2);
+        if (args.prefetch) {
+          __builtin_prefetch(args.x + at + args.prefetch, 0, 2);
+          if (args.residual) __builtin_prefetch(args.residual + at + args.prefetch, 0, 2);
+        }
         V z = fma(load_lanes(args.x + at, lanes, V(A(0))) - mean, scale, shift);
         if (args.residual) z = z + load_lanes(args.residual + at, lanes, V(A(0)));
         if constexpr (kKind == Forward::kReLU) {
