@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 
 from bnfused import tracing
 from bnfused.fusion import (
@@ -69,7 +70,7 @@ class BlockForward(Forward):
     def run(self, args: tuple[Any, ...], then: Then, on: Execution) -> Any:
         plans = self._plans
         if plans is None:
-            if torch.compiler.is_compiling():  # loaded and never called: recording is not for the compiler
+            if is_compiling():  # loaded and never called: recording is not for the compiler
                 return on.finish(then, self.original(*args))
             plans = self.plans
         for plan in plans:
@@ -225,7 +226,7 @@ class Plan:
 
     def execute(self, module: nn.Module, args: tuple[Any, ...], then: Then) -> Any:
         of: Any = module
-        if self.reads_children_only and not torch.compiler.is_compiling():
+        if self.reads_children_only and not is_compiling():
             of = _Children()
             of.__dict__ = module._modules
         if self.is_open:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnfused import _extension, activations, autograd, fake, ops, reference, without_cuda
+
+_any_requires_grad = torch._C._any_requires_grad
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_tracing_state = torch._C._get_tracing_state
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 _available = _extension.is_available()
 _has_cuda = _extension.has_cuda()
@@ -90,7 +96,7 @@ def batch_norm(
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"batch_norm: expected {missing} when not training, got None")
 
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if not _has_kernel(input, compiling):
         return reference.batch_norm(
             input,
@@ -107,17 +113,17 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked,
         )
     state = (running_mean, running_var, num_batches_tracked)
-    if compiling or torch._C._get_tracing_state() is not None:
+    if compiling or _tracing_state() is not None:
         # The op is a node of the graph; its gradient comes from the dispatcher.
         if training:
             train = torch.ops.bnfused.batch_norm_train.default
             return train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]
         evaluate = torch.ops.bnfused.batch_norm_eval.default
         return evaluate(input, weight, bias, running_mean, running_var, residual, eps, code, param)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, residual):
+    if is_grad_enabled() and _any_requires_grad(input, weight, bias, residual):
         settings = (training, momentum, eps, code, param)
         return autograd.apply_unwrapped(input, weight, bias, residual, state, settings)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _BelowAutograd():
         if training:
             return ops.batch_norm_train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]
         return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, residual, eps, code, param)
@@ -143,5 +149,5 @@ def _has_kernel(x: Tensor, compiling: bool) -> bool:
     return not (
         autograd.in_transform()
         # What outlived its transform; Dynamo cannot ask, and hands no such tensor on.
-        or (not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x))
+        or (not compiling and _is_wrapped(x))
     )

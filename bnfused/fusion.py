@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 
 from bnfused import modules, sync
+
+_tracing_state = torch._C._get_tracing_state
 
 # Every batch norm of bnfused inherits one of these: a class that has it normalizes as bnfused does.
 NORMALIZE = modules.BatchNorm2d.forward
@@ -237,7 +240,7 @@ def run(module: nn.Module, x: Any, then: Then, on: Execution) -> Any:
         if forward is None:
             if class_forward(module) in _FORWARDS:
                 # A bare module's call is its forward, in two thirds of the time; who records modules wants the call.
-                recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+                recorded = is_compiling() or _tracing_state() is not None
                 return normalize(module, module if recorded else module.forward, x, then, on)
             if is_sequence(module):
                 return _run_sequence(sequence_of(module), x, then, on)

@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, _jit_internal, fx, nn
+from torch.compiler import is_compiling
 from torch.fx.proxy import Attribute, GraphAppendingTracer, Proxy
 
 
@@ -80,7 +81,7 @@ def _are_children(module: nn.Module, names: tuple[str, ...]) -> bool:
 
     That is asked here of all names at once, in a sixth of the time that it takes to look them up one by one.
     """
-    if torch.compiler.is_compiling():  # Dynamo guards what is looked up by name, and only that
+    if is_compiling():  # Dynamo guards what is looked up by name, and only that
         return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
     cls = type(module)
     if cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not nn.Module.__getattribute__:
