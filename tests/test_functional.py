@@ -241,8 +241,8 @@ EIGHT_MIB = {
     ],
 )
 def test_outputs_past_the_caches(where, residual, activation, mode):
-    """From 6 MiB on, outputs that start on cache lines are stored past the caches, by loops of their own; from 8 MiB on,
-    rows of 32- and 64-bit values are summed at fewer places at once."""
+    """From 6 MiB on, outputs that start on cache lines are stored past the caches, by loops of their own; from 8 MiB
+    on, rows of 32- and 64-bit values are summed at fewer places at once."""
     shape, layout = EIGHT_MIB[where]
     p = cases.make(shape, layout=layout, residual=residual, activation=activation, **MODES[mode])
     assert p.x.nbytes >= 8 * 2**20
