@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     args.batch_var[c] = all.count > 1 ? all.m2 / all.count : all.m2;
     if (all.count > 1) running.move(c, all.mean, all.m2 / (all.count - 1));
   };
-  merge_partials<Sums>(left < s.columns_per_block ? left : s.columns_per_block, s.parts, load, finish);
+  merge_partials<Sums, kLoadsOfTile>(left < s.columns_per_block ? left : s.columns_per_block, s.parts, load, finish);
   running.count_batch(ticket, s.blocks());
 }
 

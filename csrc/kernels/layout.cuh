@@ -186,9 +186,14 @@ __device__ __forceinline__ Sums load_partial(const Sums* p) {
   return sums;
 }
 
+// Partials that a thread loads before it merges the first: one after the other, each would wait for the L2 cache. Of a
+// tile's channels a thread has many; of one channel 3 where a GPU has up to 192 SMs, which have 4 blocks each; of one
+// in a cluster 1. More than it has would cost it registers: 6 each.
+constexpr int kLoadsOfTile = 8, kLoadsOfChannel = 3;
+
 // Merges the partial sums of `channels` channels and hands them to `finish(channel, sums)`. The threads of the block
 // share out the channels, and where they are fewer, the `partials` of each. `load(channel, i)` is partial i.
-template <class Sums, class Load, class Finish>
+template <class Sums, int kLoads, class Load, class Finish>
 __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t partials, Load load, Finish finish) {
   const uint32_t at_once = channels < blockDim.x ? channels : blockDim.x;
   const uint32_t most = blockDim.x / at_once;
@@ -198,8 +203,6 @@ __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t parti
     const uint32_t slot = threadIdx.x % at_once;
     const bool active = base + slot < channels;  // merge_lanes leaves out the lanes beyond `lanes`
     Sums sums[1] = {};
-    // Several loads before the first merge: one after the other, each would wait for the L2 cache.
-    constexpr int kLoads = 8;
     for (uint32_t first = lane; active && first < partials; first += kLoads * lanes) {
       Sums batch[kLoads];
 #pragma unroll
@@ -233,8 +236,8 @@ __device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* par
   const auto load = [&](uint32_t c, uint32_t i) {
     return load_partial(partials + i / s.copies * columns + first + c + i % s.copies * s.channels);
   };
-  merge_partials<Sums>(left < most ? left : most, s.parts * s.copies, load,
-                       [&](uint32_t c, const Sums& all) { finish(first + c, all); });
+  merge_partials<Sums, kLoadsOfTile>(left < most ? left : most, s.parts * s.copies, load,
+                                     [&](uint32_t c, const Sums& all) { finish(first + c, all); });
   return true;
 }
 
@@ -255,8 +258,8 @@ __device__ __forceinline__ bool finish_tile(const Sums (&sums)[kUnit], Sums* of_
     const auto load = [&](uint32_t c, uint32_t i) {
       return *shared_of_block(of_columns + c + i % s.copies * s.channels, i / s.copies);
     };
-    merge_partials<Sums>(left < most ? left : most, s.parts * s.copies, load,
-                         [&](uint32_t c, const Sums& all) { finish(first + c, all); });
+    merge_partials<Sums, kLoadsOfTile>(left < most ? left : most, s.parts * s.copies, load,
+                                       [&](uint32_t c, const Sums& all) { finish(first + c, all); });
   }
   cluster_barrier(s.parts);  // nobody writes its sums again, or exits, while they are read
   return merges;
@@ -271,7 +274,8 @@ __device__ __forceinline__ bool finish_channel(const Sums& sums, Sums* partials,
   const auto load = [&](uint32_t, uint32_t i) {
     return load_partial(partials + int64_t(i) * s.channels + block.channel);
   };
-  merge_partials<Sums>(1, s.parts, load, [&](uint32_t, const Sums& all) { finish(block.channel, all); });
+  merge_partials<Sums, kLoadsOfChannel>(1, s.parts, load,
+                                        [&](uint32_t, const Sums& all) { finish(block.channel, all); });
   return true;
 }
 
@@ -285,7 +289,7 @@ __device__ __forceinline__ bool finish_channel_in_cluster(const Sums& sums, cons
   const bool merges = block.part == 0;
   if (merges) {
     const auto load = [&](uint32_t, uint32_t i) { return *shared_of_block(&of_block, i); };
-    merge_partials<Sums>(1, s.parts, load, [&](uint32_t, const Sums& all) { finish(block.channel, all); });
+    merge_partials<Sums, 1>(1, s.parts, load, [&](uint32_t, const Sums& all) { finish(block.channel, all); });
   }
   cluster_barrier(s.parts);
   return merges;
