@@ -21,7 +21,9 @@ import machine_code
 from machine_code import Rule
 
 ROOT = Path(__file__).resolve().parents[2]
-OLDEST_AND_NEWEST = "7.5;12.0"
+# The oldest, the first with asynchronous copies, the first with clusters, the newest: each compiles code that the one
+# before leaves out, and a kernel that has registers to spare on one may have none on another.
+ONE_OF_EACH = "7.5;8.0;9.0;12.0"
 EVERY = "7.5;8.0;8.6;8.9;9.0;10.0;12.0"
 STRICT = "-Werror all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 
@@ -135,7 +137,7 @@ def use(folder: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--all", action="store_true", help=f"for {EVERY} instead of {OLDEST_AND_NEWEST}")
+    parser.add_argument("--all", action="store_true", help=f"for {EVERY} instead of {ONE_OF_EACH}")
     options = parser.parse_args()
     setup = load_setup()
     toolkit = setup.find_toolkit(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), shutil.which("nvcc"))
@@ -149,7 +151,7 @@ def main() -> int:
     if tools is None:
         print("NOT CHECKED: there is no cuobjdump with nvdisasm; python -m pip install -r requirements-dev.txt")
         return 1
-    archs = EVERY if options.all else OLDEST_AND_NEWEST
+    archs = EVERY if options.all else ONE_OF_EACH
     folder = ROOT / "build" / ("cuda-check-all" if options.all else "cuda-check")
     print(f"nvcc of {toolkit}, for {archs}; warnings, spills and local memory are errors", flush=True)
     start = time.monotonic()
