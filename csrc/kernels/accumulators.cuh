@@ -55,36 +55,37 @@ __device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
 // A run ends after this many times the loads that a thread starts together: 64 values of 2 bytes.
 constexpr int kStepsOfRun = 16;
 
-// Squares of float32 overflow from 2^64 on. A run whose squares did is added up again with this factor in each.
-constexpr float kShrink = 0x1p-136f;
+// Squares of float32 overflow from 2^64 on. A run whose squares did is added up again with its values times this: the
+// squares of 64 differences, which are below 2^129, then stay below 2^120, and the largest, from 2^61 on, above 2^-22.
+constexpr float kShrink = 0x1p-72f;
 
-// A short run of values, as differences from its shift, added up in Sum.
+// A short run of values, as differences from its shift, added up in Sum; all of it times the scale, which is 1 or
+// kShrink.
 template <class A, class Sum>
 struct Run {
   A shift = 0;
-  Sum sum = 0, squares = 0;  // squares times the factor
+  Sum sum = 0, squares = 0;
 
   __device__ __forceinline__ bool overflowed() const { return sizeof(A) < sizeof(double) && squares > FLT_MAX; }
 
-  __device__ __forceinline__ void add(A value, A factor) {
-    const A d = value - shift;
+  // Scaled without another rounding, and before a difference could overflow.
+  __device__ __forceinline__ A difference(A value, A scale) const { return fma(value, scale, -shift); }
+
+  __device__ __forceinline__ void add(A value, A scale) {
+    const A d = difference(value, scale);
     sum += d;
-    squares = fma(d, d * factor, squares);
+    squares = fma(d, d, squares);
   }
 
-  // The differences of a unit's values from the shift, added in A before they are added in Sum.
-  __device__ __forceinline__ void add_unit(A (&differences)[kUnit], A factor) {
-    A products[kUnit];
-#pragma unroll
-    for (int k = 0; k < kUnit; ++k) products[k] = differences[k] * factor * differences[k];
-    sum += sum_in_pairs(differences);
-    squares += sum_in_pairs(products);
-  }
-
-  __device__ __forceinline__ Moments<A> moments(A count, A factor) const {
+  __device__ __forceinline__ Moments<A> moments(A count, A scale) const {
     const Sum offset = quotient(sum, Sum(count));
-    const Sum m2 = squares - sum * Sum(factor) * offset;
-    return {double(shift) + double(offset), double(m2 < 0 ? Sum(0) : m2) * (factor == 1 ? 1.0 : 1.0 / kShrink), count};
+    const Sum m2 = squares - sum * offset;
+    Moments<A> m{double(shift) + double(offset), double(m2 < 0 ? Sum(0) : m2), count};
+    if (scale != 1) {
+      m.mean *= 1.0 / kShrink;
+      m.m2 *= 1.0 / kShrink / kShrink;
+    }
+    return m;
   }
 };
 

@@ -74,22 +74,22 @@ struct ForwardBody {
   }
 
   template <class ConstantsOf>
-  __device__ __forceinline__ void store(Loaded& loaded, uint32_t unit, Span span, ConstantsOf constants_of) const {
+  __device__ __forceinline__ void store(const Loaded& loaded, uint32_t unit, Span span,
+                                        ConstantsOf constants_of) const {
     A z[kUnit];
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
-      z[k] = constants_of(k)(to_accumulate(loaded.x.v[k]));
-      if (residual != nullptr) z[k] += to_accumulate(loaded.residual.v[k]);
+      z[k] = constants_of(k)(value_of(loaded.x, k));
+      if (residual != nullptr) z[k] += value_of(loaded.residual, k);
     }
     activation.template activate<T>(z);
+    const Pack<T> rounded = pack_of<T>(z);
+    store_unit(y + int64_t(unit) * kUnit, rounded, span, wide);
+    if (mask == nullptr) return;
     unsigned bits = 0;
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) {
-      loaded.x.v[k] = from_accumulate<T>(z[k]);
-      bits |= unsigned(span.has(k) && !(to_accumulate(loaded.x.v[k]) <= 0)) << k;
-    }
-    store_unit(y + int64_t(unit) * kUnit, loaded.x, span, wide);
-    if (mask != nullptr) store_global(mask + unit, uint8_t(bits));
+    for (int k = 0; k < kUnit; ++k) bits |= unsigned(span.has(k) && !(value_of(rounded, k) <= 0)) << k;
+    store_global(mask + unit, uint8_t(bits));
   }
 };
 

@@ -157,14 +157,14 @@ struct BackwardBody {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
       const Constants c = constants_of(k);
-      g[k] = to_accumulate(loaded.grad_y.v[k]);
-      const A x_k = to_accumulate(loaded.x.v[k]);
+      g[k] = value_of(loaded.grad_y, k);
+      const A x_k = value_of(loaded.x, k);
       d[k] = x_k - c.forward.mean;
       if constexpr (Activation::kMasked) {
         g[k] = loaded.mask >> k & 1 ? g[k] : A(0);
       } else if constexpr (Activation::kNeedsZ) {
         z[k] = c.forward(x_k);
-        if (residual != nullptr) z[k] += to_accumulate(loaded.residual.v[k]);
+        if (residual != nullptr) z[k] += value_of(loaded.residual, k);
       }
     }
     if constexpr (Activation::kNeedsZ) activation.template differentiate<T>(g, z);
@@ -174,21 +174,17 @@ struct BackwardBody {
   __device__ __forceinline__ void write(uint32_t unit, Span span, const A (&g)[kUnit], const A (&d)[kUnit],
                                         ConstantsOf constants_of) const {
     const int64_t at = int64_t(unit) * kUnit;
-    Pack<T> pack;
     if (grad_x != nullptr) {
+      A of_x[kUnit];
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) {
         const Constants c = constants_of(k);
         const A given = g[k] * c.forward.scale;
-        pack.v[k] = from_accumulate<T>(training ? given + fma(d[k], c.slope, c.offset) : given);
+        of_x[k] = training ? given + fma(d[k], c.slope, c.offset) : given;
       }
-      store_unit(grad_x + at, pack, span, wide);
+      store_unit(grad_x + at, pack_of<T>(of_x), span, wide);
     }
-    if (grad_residual != nullptr) {
-#pragma unroll
-      for (int k = 0; k < kUnit; ++k) pack.v[k] = from_accumulate<T>(g[k]);
-      store_unit(grad_residual + at, pack, span, wide);
-    }
+    if (grad_residual != nullptr) store_unit(grad_residual + at, pack_of<T>(g), span, wide);
   }
 
   template <class ConstantsOf>

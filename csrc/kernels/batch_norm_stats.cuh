@@ -42,7 +42,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
   while (row < end) {
     Run<A, A> run[kUnit];
     A count = 0;
-    A factor = 1;
+    A scale = 1;
     for (;;) {
       for (int step = 0; step < kStepsOfRun && row < end; ++step) {
         Pack<T> packs[kLoads];
@@ -64,15 +64,15 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
           for (int k = 0; k < kUnit; ++k) {
             A values[kLoads];
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) values[i] = to_accumulate(packs[i].v[k]);
-            run[k].shift = mean_in_pairs(values);
+            for (int i = 0; i < kLoads; ++i) values[i] = value_of(packs[i], k);
+            run[k].shift = mean_in_pairs(values) * scale;
           }
         }
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           if (row < end) {
 #pragma unroll
-            for (int k = 0; k < kUnit; ++k) run[k].add(to_accumulate(packs[i].v[k]), factor);
+            for (int k = 0; k < kUnit; ++k) run[k].add(value_of(packs[i], k), scale);
             count += 1;
             row += s.lanes;
             ++done;
@@ -82,16 +82,16 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
       bool overflowed = false;
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) overflowed |= run[k].overflowed();
-      if (!overflowed || factor != 1) break;
-      factor = kShrink;
+      if (!overflowed || scale != 1) break;
+      scale = kShrink;
       row -= uint32_t(count) * s.lanes;
       done -= uint32_t(count);
       count = 0;
 #pragma unroll
-      for (int k = 0; k < kUnit; ++k) run[k] = {run[k].shift};
+      for (int k = 0; k < kUnit; ++k) run[k] = {};
     }
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) total[k].merge(run[k].moments(count, factor));
+    for (int k = 0; k < kUnit; ++k) total[k].merge(run[k].moments(count, scale));
     // They have as many values each. Said so, the compiler keeps one count in a register and not eight.
 #pragma unroll
     for (int k = 1; k < kUnit; ++k) total[k].count = total[0].count;
@@ -104,7 +104,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
     source.keep(pack, rest, done);
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
-      if (rest.has(k)) total[k].merge({double(to_accumulate(pack.v[k])), 0, 1});
+      if (rest.has(k)) total[k].merge({double(value_of(pack, k)), 0, 1});
     }
   }
 }
@@ -114,7 +114,7 @@ template <class T>
 __device__ __forceinline__ Accumulate<T> mean_of_owned(const Pack<T>& pack, Span span) {
   Accumulate<T> values[kUnit];
 #pragma unroll
-  for (int k = 0; k < kUnit; ++k) values[k] = to_accumulate(pack.v[k]);
+  for (int k = 0; k < kUnit; ++k) values[k] = value_of(pack, k);
   if (!span.whole()) {  // else it changes nothing
 #pragma unroll
     for (int k = 1; k < kUnit; ++k) values[k] = k < span.end ? values[k] : values[k - 1];
@@ -123,6 +123,10 @@ __device__ __forceinline__ Accumulate<T> mean_of_owned(const Pack<T>& pack, Span
   }
   return mean_in_pairs(values);
 }
+
+// What follows from it stays behind the branch in which it is asked for. The compiler would else compute both sides of
+// it and select, where nearly all units take the shorter one.
+__device__ __forceinline__ Span behind_branch(Span span) { return {int(recomputed(uint32_t(span.begin))), span.end}; }
 
 // Moments of a channel over the thread's units of its planes.
 template <class T, class Source>
@@ -147,39 +151,48 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
     }
     // All values are in registers: first their mean, then what is about it. Units are added in A and their sums in
     // double, so that an outlier's square does not round the others'.
-    A shift = 0;
+    Run<A, double> run;
     int count = 0;
 #pragma unroll
-    for (int i = kLoads - 1; i >= 0; --i) {
+    for (int i = 0; i < kLoads; ++i) {
       if (spans[i].empty()) continue;
       source.keep(packs[i], spans[i], step + i);
-      shift = mean_of_owned(packs[i], spans[i]);
+      if (count == 0) run.shift = mean_of_owned(packs[i], behind_branch(spans[i]));
       count += spans[i].end - spans[i].begin;
     }
     if (count == 0) continue;  // else it merges nothing
-    Run<A, double> run{shift};
-    A factor = 1;
+    A scale = 1;
     // The first pass finds the mean, the second what is about it, a third does that again if squares overflowed. A
     // loop: side by side they take more registers than there are for two blocks on an SM.
 #pragma unroll 1
     for (int pass = 0; pass < 3; ++pass) {
-      if (pass == 1) shift += quotient(A(run.sum), A(count));
+      if (pass == 1) run.shift += quotient(A(run.sum), A(count));
       if (pass == 2) {
         if (!run.overflowed()) break;
-        factor = kShrink;
+        scale = kShrink;
+        run.shift *= scale;
       }
-      run = {shift};
+      run = {run.shift};
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         A differences[kUnit];
 #pragma unroll
-        for (int k = 0; k < kUnit; ++k) {
-          differences[k] = spans[i].has(k) ? to_accumulate(packs[i].v[k]) - run.shift : A(0);
+        for (int k = 0; k < kUnit; ++k) differences[k] = run.difference(value_of(packs[i], k), scale);
+        if (!spans[i].whole()) {  // else it changes nothing
+          const Span span = behind_branch(spans[i]);
+#pragma unroll
+          for (int k = 0; k < kUnit; ++k) differences[k] = span.has(k) ? differences[k] : A(0);
         }
-        run.add_unit(differences, factor);
+        if (pass > 0) {  // the mean needs none
+          A squares[kUnit];
+#pragma unroll
+          for (int k = 0; k < kUnit; ++k) squares[k] = differences[k] * differences[k];
+          run.squares += sum_in_pairs(squares);
+        }
+        run.sum += sum_in_pairs(differences);
       }
     }
-    total.merge(run.moments(A(count), factor));
+    total.merge(run.moments(A(count), scale));
   }
   return total;
 }

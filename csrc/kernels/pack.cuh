@@ -50,6 +50,60 @@ struct alignas(16) Pack {
   T v[kUnit];
 };
 
+// Value k of a pack, known while compiling, in what is computed with it.
+template <class T>
+__device__ __forceinline__ Accumulate<T> value_of(const Pack<T>& pack, int k) {
+  return to_accumulate(pack.v[k]);
+}
+// bfloat16 is the upper half of a float: of two in a word, the second needs no shift.
+__device__ __forceinline__ float value_of(const Pack<__nv_bfloat16>& pack, int k) {
+  uint32_t words[kUnit / 2];
+  memcpy(words, &pack, sizeof(pack));
+  return __uint_as_float(k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000u);
+}
+
+template <class T>
+__device__ __forceinline__ void set_value(Pack<T>& pack, int k, T value) {
+  if constexpr (sizeof(T) == 2) {  // in its word: else the compiler keeps every value in a register of its own
+    uint32_t word;
+    uint16_t bits;
+    unsigned char* const at = reinterpret_cast<unsigned char*>(&pack) + k / 2 * sizeof(word);
+    memcpy(&word, at, sizeof(word));
+    memcpy(&bits, &value, sizeof(bits));
+    word = k % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | uint32_t(bits) << 16;
+    memcpy(at, &word, sizeof(word));
+  } else {
+    pack.v[k] = value;
+  }
+}
+
+// Rounded to T, two at a time where there are instructions for that.
+template <class T>
+__device__ __forceinline__ Pack<T> pack_of(const Accumulate<T> (&values)[kUnit]) {
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) pack.v[k] = from_accumulate<T>(values[k]);
+  return pack;
+}
+template <>
+__device__ __forceinline__ Pack<__nv_bfloat16> pack_of<__nv_bfloat16>(const float (&values)[kUnit]) {
+  __nv_bfloat162 pairs[kUnit / 2];
+#pragma unroll
+  for (int i = 0; i < kUnit / 2; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+  Pack<__nv_bfloat16> pack;
+  memcpy(&pack, pairs, sizeof(pack));
+  return pack;
+}
+template <>
+__device__ __forceinline__ Pack<__half> pack_of<__half>(const float (&values)[kUnit]) {
+  __half2 pairs[kUnit / 2];
+#pragma unroll
+  for (int i = 0; i < kUnit / 2; ++i) pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+  Pack<__half> pack;
+  memcpy(&pack, pairs, sizeof(pack));
+  return pack;
+}
+
 // Units that a thread loads before it uses the first. With 512 threads on an SM, 32 KiB are on their way: 25 GB/s for
 // each SM take 18 KiB at a latency of 700 ns.
 template <class T>
@@ -77,7 +131,7 @@ __device__ __forceinline__ void load_unit(Pack<T>& pack, const T* unit, Span spa
   } else {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
-      if (span.has(k)) pack.v[k] = load_global(unit + k);
+      if (span.has(k)) set_value(pack, k, load_global(unit + k));
     }
   }
 }
