@@ -285,6 +285,9 @@ def test_every_strategy_agrees_with_the_oracle(backend, strategy, capability, la
     [
         *((layout, "some", dtype) for layout in ("contiguous", "channels_last") for dtype in CODES),
         ("contiguous", "all", torch.bfloat16),
+        ("channels_last", "all", torch.bfloat16),
+        ("offset", "some", torch.bfloat16),
+        ("offset_channels_last", "some", torch.bfloat16),
     ],
     ids=str,
 )
@@ -293,21 +296,23 @@ def test_the_next_tile_is_fetched_in_time(backend, op, layout, ahead, dtype, fus
     """Of a team's next tile, some steps, or all, into room of their own, the others into that of this one; each once.
 
     Traps: a slot that is overwritten before it was used, or read before the copy has ended; one that belongs to another
-    turn; a unit at the edge of a plane that was never fetched; one beside the last tile that was; grad_y without the
-    mask.
+    turn; a unit at the edge of a plane that was never fetched; one beside the last tile that was; one of a tensor that
+    is not aligned; grad_y without the mask.
     """
     masked = fused.get("activation") == "relu"
     whole = masked and op == "train"  # planes of whole units: a byte of the mask is of one channel
-    if layout == "channels_last":
-        shape = (4, 40, 10, 25)
+    rows = layout.endswith("channels_last")
+    if rows:
+        shape = (4, 40, 10, 25) if ahead == "some" else (9, 96, 7, 31)
     elif ahead == "some":
         shape = (3, 3, 48, 48) if whole else (3, 3, 45, 51)
     else:
         shape = (2, 3, 92, 96) if whole else (2, 3, 91, 91)
     n, c, h, w = shape
-    outer, inner = (n, h * w) if layout == "contiguous" else (n * h * w, 1)
+    outer, inner = (n * h * w, 1) if rows else (n, h * w)
     problem = {"outer": outer, "channels": c, "inner": inner, "dtype": CODES[dtype]}
-    device = {"sm_count": 2 if ahead == "some" else 1, "compute_capability": 90}
+    sms = 2 if ahead == "some" else 4 if rows else 1
+    device = {"sm_count": sms, "compute_capability": 90}
     needed = {"residual": bool(fused) and not masked} if op == "backward" else {}
     for kib in range(20, 400, 4):
         plan = _extension.plan(op=op, **problem, **device, **needed, shared_per_sm=1024 * kib, strategy="resident")
@@ -316,7 +321,7 @@ def test_the_next_tile_is_fetched_in_time(backend, op, layout, ahead, dtype, fus
             break
     else:
         pytest.fail(f"expected a device on which {ahead} of the next tile has room, found none; the last plan: {plan}")
-    with emulated.settings(strategy="resident", shared_per_sm=1024 * kib, sm_count=device["sm_count"]):
+    with emulated.settings(strategy="resident", shared_per_sm=1024 * kib, sm_count=sms):
         emulated.take_launches()
         checks.check_against_oracle(backend.batch_norm, cases.make(shape, dtype=dtype, layout=layout, **fused))
         kernel = "batch_norm_resident" if op == "train" else "batch_norm_backward_resident"
@@ -545,6 +550,16 @@ def test_odd_sizes_move_no_more(strategy, layout, shape):
         for side in (launch.read, launch.written):
             for name in TENSORS & set(side):
                 assert side[name].narrow <= 2 * most_narrow, (launch.kernel, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("values", [1, 4, 7])
+def test_no_bit_of_the_mask_is_beyond_the_tensor(layout, values):
+    """Where the last unit has 1, 4 or 7 values, so many bits of its byte are used; the others are 0, and not chance."""
+    n = 8 * 64 + values
+    x, _, *parameters = tensors((1, 1, 1, n) if layout == "planes" else (n, 1, 1, 1), layout, torch.float32, False)
+    (*_, mask), _ = train(x, torch.full_like(x, 99), *parameters, RELU)
+    assert mask.tolist() == [255] * 64 + [2**values - 1]
 
 
 @pytest.mark.parametrize("activation", [IDENTITY, RELU, SILU])

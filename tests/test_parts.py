@@ -171,6 +171,16 @@ def test_values_whose_squares_leave_float32(device, scale):
     torch.testing.assert_close(var.cpu(), x.cpu().double().var(0, correction=0), rtol=1e-6, atol=0)
 
 
+def test_squares_that_vanish(device):
+    """Values 2^-75 apart: their squares are below the smallest float32, and the square of their sum is not.
+
+    Trap: a sum of squared deviations below 0, and its root.
+    """
+    x = torch.randint(2, (24000, 3), device=device) * 2.0**-75
+    _, var, _ = parts.batch_norm_gather_stats(moments_of(x.split(12000)))
+    torch.testing.assert_close(var.cpu(), torch.zeros_like(var.cpu()), rtol=0, atol=2.0**-149)
+
+
 @DTYPES_OF_MOMENTS
 def test_merged_in_levels(device, dtype):
     """Nodes first, and then their moments: the same but for what packing rounds once more, an empty node included."""

@@ -23,7 +23,7 @@ __device__ __forceinline__ uint32_t part_begin(uint32_t total, uint32_t part, ui
   return uint32_t(uint64_t(total) * part / parts);
 }
 
-// The values of a unit of a tensor of numel values: the last unit may not be whole.
+// The values of a unit of a tensor of numel values: the last unit may not be whole, and behind it they have none.
 __device__ __forceinline__ Span span_of(uint32_t unit, int64_t numel) {
   const int64_t left = numel - int64_t(unit) * kUnit;
   return {0, left < kUnit ? int(left) : kUnit};
@@ -60,9 +60,8 @@ struct ColumnUnits {
   __device__ __forceinline__ UnitAt operator()(uint32_t step) const {
     const uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane + step * s.lanes;
     const uint32_t unit = row * s.columns + thread.column;
-    const bool exists = thread.active && row < part_begin(s.rows, thread.part + 1, s.parts) &&
-                        unit < uint32_t((numel + kUnit - 1) / kUnit);
-    return {unit, exists ? span_of(unit, numel) : Span{0, 0}};
+    const bool has_row = thread.active && row < part_begin(s.rows, thread.part + 1, s.parts);
+    return {unit, has_row ? span_of(unit, numel) : Span{0, 0}};
   }
 };
 

@@ -48,7 +48,7 @@ class OnChip {
     }
   }
 
-  // `fetched`: what there is room for has been.
+  // `fetched`: what there is room for has been. Nothing is where a GPU has no such copies, and so no groups of them.
   __device__ __forceinline__ void next_tile(bool fetched) {
     turn_ = !turn_;
     fetched_ = fetched;
