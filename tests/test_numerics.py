@@ -188,6 +188,28 @@ def test_frozen_gradient_does_not_depend_on_x(backend, value, layout):
     checks.check_against_oracle(backend.batch_norm, p.but(x=x), needs=("x", "bias"))
 
 
+@pytest.mark.parametrize("where", ["nchw", "channels_last", "rows", "tall"])
+def test_infinity_behind_finite_values(backend, where):
+    """At the end of its channel. Trap: a run of values whose squares overflow is added up again, smaller, for ever."""
+    shape, layout = SHAPES[where]
+    p = cases.make(shape, layout=layout)
+    x = p.x.clone()
+    x[(-1, 1, *[-1] * (x.dim() - 2))] = math.inf
+    y = checks.run(backend.batch_norm, p.but(x=x), needs=()).values["y"]
+    assert y[:, 1].isnan().all() and y[:, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinite_running_mean(backend, value, layout):
+    """Frozen, all of its channel is infinite. Trap: the mean as two floats, the second infinity less infinity."""
+    p = cases.make((3, 2, 40), training=False, layout=layout)
+    p = p.but(running_mean=torch.tensor([0, value]))
+    y = checks.run(backend.batch_norm, p, needs=()).values["y"]
+    wanted = oracle.expected(p).values["y"]
+    assert wanted[:, 1].isinf().all() and torch.equal(y[:, 1].double(), wanted[:, 1])
+
+
 @pytest.mark.parametrize("activation", ["elu", "gelu", "hardswish", "sigmoid", "silu", "tanh"])
 def test_nan_in_the_residual_reaches_the_gradients(backend, activation):
     """Of an activation whose derivative at NaN is NaN: all of grad_x in that channel, which is a sum over it."""

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -160,8 +161,9 @@ struct Affine {
 template <class A>
 Affine<A> affine(double mean, double invstd, double weight, double bias) {
   const A rounded = static_cast<A>(mean);
+  const double rest = std::isinf(rounded) ? 0 : mean - double(rounded);  // infinity - infinity is none
   const double scale = weight * invstd;
-  return {rounded, static_cast<A>(scale), static_cast<A>(bias - (mean - double(rounded)) * scale)};
+  return {rounded, static_cast<A>(scale), static_cast<A>(bias - rest * scale)};
 }
 
 // ---- planes: a channel is `outer` runs of `inner` values
