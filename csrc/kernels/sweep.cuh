@@ -143,7 +143,7 @@ __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, cons
         body.store(loaded[i], u, span, [&](int) { return one; });
       } else {
         const auto constants_of = [&](int k) {
-          const uint64_t at = place + (span.has(k) ? k : 0);
+          const uint64_t at = place + k;
           return of_unit[at < s.inner ? 0 : (at < 2 * s.inner ? 1 : uint32_t(at) / uint32_t(s.inner))];
         };
         body.store(loaded[i], u, span, constants_of);
