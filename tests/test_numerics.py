@@ -88,6 +88,14 @@ def test_many_rows(backend, shape, layout, regime):
     checks.check_against_oracle(backend.batch_norm, p)
 
 
+def test_outlier_before_constants(backend):
+    """Where all values but the first are one, what it does to the shift rounds each of them alike: errors add up."""
+    p = cases.make((20_000, 64), zero_stats=True)
+    x = p.x[:1].expand_as(p.x).clone()
+    x[0] = 1e4
+    checks.check_against_oracle(backend.batch_norm, p.but(x=x))
+
+
 def test_two_million_rows(backend):
     """2e6 values per channel, channels innermost, where plain float32 sums are wrong by 1.5e-3."""
     p = cases.make((8, 2, 500, 500), layout="channels_last", zero_stats=True)

@@ -52,6 +52,10 @@ __device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
   return sum_in_pairs(parts);
 }
 
+// A run is centered again after this many of its steps: an outlier D among the first 2 values puts their mean, the
+// shift, off by D / 2, and the roundings of the sum, which grow with that, enter the variance with it once more. The
+// mean of 8 leaves D / 8 of it.
+constexpr int kStepsToCenter = 4;
 // A run ends after this many times the loads that a thread starts together: 64 values of 2 bytes.
 constexpr int kStepsOfRun = 16;
 
@@ -75,6 +79,16 @@ struct Run {
     const A d = difference(value, scale);
     sum += d;
     squares = fma(d, d, squares);
+  }
+
+  // Moves the shift to the mean of the `count` values so far, unless that is infinite or NaN.
+  __device__ __forceinline__ void recenter(A count) {
+    const A target = shift + quotient(sum, count), moved = target - shift;
+    if (!(moved - moved == 0)) return;
+    const Sum rest = fma(-count, moved, sum);
+    squares -= moved * (sum + rest);
+    sum = rest;
+    shift = target;
   }
 
   __device__ __forceinline__ Moments<A> moments(A count, A scale) const {

@@ -67,6 +67,9 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
             for (int i = 0; i < kLoads; ++i) values[i] = value_of(packs[i], k);
             run[k].shift = mean_in_pairs(values) * scale;
           }
+        } else if (step == kStepsToCenter) {
+#pragma unroll
+          for (int k = 0; k < kUnit; ++k) run[k].recenter(count);
         }
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
