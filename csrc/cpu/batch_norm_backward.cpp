@@ -194,7 +194,7 @@ void backward_short_planes(const BackwardArgs& args) {
       coefficients.spread(leaf, 0, kForwardCoefficients);
       if (needs_sums(args)) {
         const GradArgs<T> g = args_at(whole.first(p, group), whole.first_mask(p, group), whole.runs(p));
-        leaf.row_grad_sums[kind](g, g_sums.get(), products.get());
+        leaf.row_grad_sums[int(Source::kCache)][kind](g, g_sums.get(), products.get());
         leaf.fold(g_sums.get(), products.get(), together, inner, sums.get());
         for (int64_t c = 0; c < together; ++c) {
           finish(args, per_row, first + c, {sums[c].first, sums[c].second}, &coefficients[c]);
@@ -217,11 +217,11 @@ class ColumnSums {
 
   // `at` makes the arguments for the rows from a row of this call on.
   template <class ArgsAt>
-  void add(const Leaves<T>& leaf, int kind, Runs runs, ArgsAt at) {
+  void add(const Leaves<T>& leaf, Source source, int kind, Runs runs, ArgsAt at) {
     for (int64_t row = 0; row < runs.count; row += kBlockRows) {
       GradArgs<T> g = at(row);
       g.runs = {std::min(kBlockRows, runs.count - row), runs.length, runs.stride, runs.mask_stride};
-      leaf.row_grad_sums[kind](g, sums_.get(), products_.get());
+      leaf.row_grad_sums[int(source)][kind](g, sums_.get(), products_.get());
       for (int64_t i = 0; i < runs.length; ++i) all_[i] += {sums_[i], products_[i]};
     }
   }
@@ -267,11 +267,8 @@ void backward_rows(const BackwardArgs& args) {
     at::parallel_for(0, sum_tasks.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         for_rows(sum_view, sum_tasks.begin(task), sum_tasks.end(task), [&](Runs runs, int64_t at) {
-          sums[task].add(leaf, kind, runs, [&](int64_t row) {
-            GradArgs<T> g = args_at(at + row * sum_view.columns);
-            g.source = source_of<T>(p);
-            return g;
-          });
+          sums[task].add(leaf, source_of<T>(p), kind, runs,
+                         [&](int64_t row) { return args_at(at + row * sum_view.columns); });
         });
       }
     });

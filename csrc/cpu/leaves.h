@@ -76,7 +76,6 @@ struct GradArgs {
   Runs runs;
   const Accumulate<T>* coefficients;
   int64_t coefficient_stride;
-  Source source;  // for the sums of rows
   int64_t prefetch, store_ahead;
   bool training;
   Epilogue epilogue;
@@ -92,8 +91,8 @@ struct Leaves {
   // Sum of (x - shift) and of its square. All sums leave a lane for float64 after a few values: what a lane of A holds
   // is never more than a few roundings old.
   Sums (*plane_moments)(const T* x, Runs, A shift);
-  // The same for every column; sums and squares are overwritten.
-  void (*row_moments)(const T* x, Source, Runs, const A* shift, double* sums, double* squares);
+  // [source]: the same for every column; sums and squares are overwritten.
+  void (*row_moments[2])(const T* x, Runs, const A* shift, double* sums, double* squares);
   // Whether `trusted` (moments.h) holds for every column.
   bool (*all_trusted)(const double* sums, const double* squares, double count, int64_t columns);
   // Merges a block's sums, around its shift, into the mean and sum of squared deviations of `before` earlier values.
@@ -105,7 +104,8 @@ struct Leaves {
   void (*spread)(const A* of_channel, int64_t step, int64_t channels, int64_t inner, A* of_column);
   // Sum of g and of g * (x - mean).
   Sums (*plane_grad_sums[kBackwards])(const GradArgs<T>&);
-  void (*row_grad_sums[kBackwards])(const GradArgs<T>&, double* sums, double* products);
+  // [source][kind]
+  void (*row_grad_sums[2][kBackwards])(const GradArgs<T>&, double* sums, double* products);
   // [layout][streaming][kind]
   void (*apply[2][2][kForwards])(const ApplyArgs<T>&);
   void (*grad_apply[2][2][kBackwards])(const GradArgs<T>&);

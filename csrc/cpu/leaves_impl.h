@@ -250,23 +250,27 @@ BNFUSED_INLINE bool is_tile(int64_t width) {
 // Places that wide rows are summed at, at once. From memory four streams of lines arrive the fastest (25 MB, 1 KiB
 // rows: the sums of the backward 1.04 ms from two places of two tensors, 1.34 from eight); from the cache, and where a
 // line holds twice the values, more places are less work.
-template <class T, int kTensors>
-constexpr int kPlaces = kIsHalf<T> ? 8 : 4 / kTensors;
-constexpr int kCachePlaces = 8;
+template <class T, Source kSource, int kTensors>
+constexpr int kPlaces = kSource == Source::kCache || kIsHalf<T> ? 8 : 4 / kTensors;
 
-// Values ahead that each tensor is fetched: 16 KiB shared by the streams. A tile's rows are one stream of each tensor.
-template <class T, int kTensors>
-BNFUSED_INLINE int64_t values_ahead(Source source, int64_t width) {
-  constexpr int64_t kBytes = 16384;
-  if (source == Source::kCache) return 0;
-  if (is_tile<Accumulate<T>>(width)) return kBytes / kTensors / int64_t(sizeof(T));
-  return kIsHalf<T> ? 0 : kBytes / kTensors / kPlaces<T, kTensors> / int64_t(sizeof(T));
+// Asks for what lies ahead of p: 16 KiB, shared by the streams. A tile's rows are one stream of each tensor. Nothing
+// for what is cached, where a prefetch costs as much as a load.
+template <Source kSource, int kTensors, class T>
+BNFUSED_INLINE void fetch_ahead(const T* p, int64_t width) {
+  constexpr int64_t kBytes = 16384 / kTensors;
+  if constexpr (kSource == Source::kMemory) {
+    if (is_tile<Accumulate<T>>(width)) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + kBytes);
+    } else if constexpr (!kIsHalf<T>) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + kBytes / kPlaces<T, kSource, kTensors>);
+    }
+  }
 }
 
 // Wide rows are taken several at a time, left to right, so that the sums of a column are loaded once for several of its
 // values; from places far apart, each read in order, since rows that lie side by side confuse the hardware's prefetch.
-template <int kMemoryPlaces, class A, class Term>
-BNFUSED_INLINE void sum_columns(Source source, Runs runs, Term term, double* sums, double* products) {
+template <int kMost, class A, class Term>
+BNFUSED_INLINE void sum_columns(Runs runs, Term term, double* sums, double* products) {
   using V = Vec<A>;
   constexpr int W = V::kSize;
   const int64_t width = runs.length, rows = runs.count;
@@ -283,7 +287,8 @@ BNFUSED_INLINE void sum_columns(Source source, Runs runs, Term term, double* sum
     if (column < width) sum_tile<1, A>(rows, column, term, sums, products);
     return;
   }
-  const auto sweep = [&](int64_t row, int64_t apart, auto count) BNFUSED_INLINE_LAMBDA {
+  const int64_t apart = rows / kMost;
+  const auto sweep = [&](int64_t row, auto count) BNFUSED_INLINE_LAMBDA {
     for_each_vector<A>(width, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
       constexpr int kRows = decltype(count)::value;
       constexpr int kChains = kRows > kLaneValues ? 2 : 1;
@@ -303,16 +308,8 @@ BNFUSED_INLINE void sum_columns(Source source, Runs runs, Term term, double* sum
       store_wide<A>(products + i, b);
     });
   };
-  const auto sweep_all = [&](auto places) BNFUSED_INLINE_LAMBDA {
-    const int64_t apart = rows / places;
-    for (int64_t row = 0; row < apart; ++row) sweep(row, apart, places);
-    for (int64_t row = apart * places; row < rows; ++row) sweep(row, 1, std::integral_constant<int, 1>{});
-  };
-  if (source == Source::kCache) {
-    sweep_all(std::integral_constant<int, kCachePlaces>{});
-  } else {
-    sweep_all(std::integral_constant<int, kMemoryPlaces>{});
-  }
+  for (int64_t row = 0; row < apart; ++row) sweep(row, std::integral_constant<int, kMost>{});
+  for (int64_t row = apart * kMost; row < rows; ++row) sweep(row, std::integral_constant<int, 1>{});
 }
 
 template <class T>
@@ -325,15 +322,14 @@ Sums plane_moments(const T* x, Runs runs, Accumulate<T> shift) {
   });
 }
 
-template <class T>
-void row_moments(const T* x, Source source, Runs runs, const Accumulate<T>* shift, double* sums, double* squares) {
+template <class T, Source kSource>
+void row_moments(const T* x, Runs runs, const Accumulate<T>* shift, double* sums, double* squares) {
   using A = Accumulate<T>;
-  const int64_t ahead = values_ahead<T, 1>(source, runs.length);
-  sum_columns<kPlaces<T, 1>, A>(
-      source, runs,
+  sum_columns<kPlaces<T, kSource, 1>, A>(
+      runs,
       [=](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
         const T* at = x + run * runs.stride + i;
-        __builtin_prefetch(at + ahead);
+        fetch_ahead<kSource, 1>(at, runs.length);
         const Vec<A> k = load(shift + i);
         const Vec<A> d = load_lanes(at, lanes, k) - k;
         return Pair<A>{d, d};
@@ -444,18 +440,17 @@ Sums plane_grad_sums(const GradArgs<T>& args_in) {
                                    BNFUSED_INLINE_LAMBDA { return gated<T, kKind>(args, c, run, i, lanes); });
 }
 
-template <class T, Backward kKind>
+template <class T, Source kSource, Backward kKind>
 void row_grad_sums(const GradArgs<T>& args_in, double* sums, double* products) {
   using A = Accumulate<T>;
   const GradArgs<T> args = args_in;
   const PerColumn<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
-  const int64_t ahead = values_ahead<T, 2>(args.source, args.runs.length);
-  sum_columns<kPlaces<T, 2>, A>(
-      args.source, args.runs,
+  sum_columns<kPlaces<T, kSource, 2>, A>(
+      args.runs,
       [&](int64_t run, int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
-        const int64_t at = run * args.runs.stride + i + ahead;
-        __builtin_prefetch(args.x + at);
-        __builtin_prefetch(args.grad_y + at);
+        const int64_t at = run * args.runs.stride + i;
+        fetch_ahead<kSource, 2>(args.x + at, args.runs.length);
+        fetch_ahead<kSource, 2>(args.grad_y + at, args.runs.length);
         return gated<T, kKind>(args, c.at(i), run, i, lanes);
       },
       sums, products);
@@ -498,17 +493,20 @@ constexpr Leaves<T> make_leaves() {
   constexpr auto P = Layout::kPlanes, R = Layout::kRows;
   using F = Forward;
   using B = Backward;
+  using S = Source;
   return {
       plane_moments<T>,
-      row_moments<T>,
+      {row_moments<T, S::kCache>, row_moments<T, S::kMemory>},
       all_trusted<Accumulate<T>>,
       merge_columns<Accumulate<T>>,
       fold,
       spread<Accumulate<T>>,
       {plane_grad_sums<T, B::kIdentity>, plane_grad_sums<T, B::kReLU>, plane_grad_sums<T, B::kMaskedReLU>,
        plane_grad_sums<T, B::kOther>},
-      {row_grad_sums<T, B::kIdentity>, row_grad_sums<T, B::kReLU>, row_grad_sums<T, B::kMaskedReLU>,
-       row_grad_sums<T, B::kOther>},
+      {{row_grad_sums<T, S::kCache, B::kIdentity>, row_grad_sums<T, S::kCache, B::kReLU>,
+        row_grad_sums<T, S::kCache, B::kMaskedReLU>, row_grad_sums<T, S::kCache, B::kOther>},
+       {row_grad_sums<T, S::kMemory, B::kIdentity>, row_grad_sums<T, S::kMemory, B::kReLU>,
+        row_grad_sums<T, S::kMemory, B::kMaskedReLU>, row_grad_sums<T, S::kMemory, B::kOther>}},
       {{{apply<T, P, false, F::kIdentity>, apply<T, P, false, F::kReLU>, apply<T, P, false, F::kOther>},
         {apply<T, P, true, F::kIdentity>, apply<T, P, true, F::kReLU>, apply<T, P, true, F::kOther>}},
        {{apply<T, R, false, F::kIdentity>, apply<T, R, false, F::kReLU>, apply<T, R, false, F::kOther>},

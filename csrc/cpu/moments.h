@@ -143,7 +143,7 @@ class GroupMoments {
     const double count = double(runs.count * inner_);
     for (int64_t c = 0; c < together_; ++c) means_[c] = static_cast<A>(all_[c].mean);
     leaf.spread(means_.get(), 1, together_, inner_, shift_.get());
-    leaf.row_moments(x, Source::kCache, runs, shift_.get(), sums_.get(), squares_.get());
+    leaf.row_moments[int(Source::kCache)](x, runs, shift_.get(), sums_.get(), squares_.get());
     leaf.fold(sums_.get(), squares_.get(), together_, inner_, of_channel_.get());
     for (int64_t c = 0; c < together_; ++c) {
       const Sums& sums = of_channel_[c];
@@ -198,7 +198,7 @@ class ColumnMoments {
     const int64_t width = runs.length;
     const double count = double(runs.count);
     for (int64_t i = 0; i < width; ++i) shift_[i] = static_cast<A>(mean_[i]);
-    leaf.row_moments(x, source_, runs, shift_.get(), sums_.get(), squares_.get());
+    leaf.row_moments[int(source_)](x, runs, shift_.get(), sums_.get(), squares_.get());
     if (!leaf.all_trusted(sums_.get(), squares_.get(), count, width)) mend(leaf, x, runs);
     leaf.merge_columns(shift_.get(), sums_.get(), squares_.get(), count, double(rows_), mean_.get(), m2_.get(), width);
   }
@@ -215,7 +215,7 @@ class ColumnMoments {
         shift_[i] = static_cast<A>(shift_[i] + sums.first / count);
         again = true;
       }
-      if (again) leaf.row_moments(x, Source::kCache, runs, shift_.get(), sums_.get(), squares_.get());
+      if (again) leaf.row_moments[int(Source::kCache)](x, runs, shift_.get(), sums_.get(), squares_.get());
     }
     for (int64_t i = 0; i < runs.length; ++i) {
       if (in_range<A>({sums_[i], squares_[i]})) continue;
