@@ -227,7 +227,7 @@ def test_together_with(label):
 
 # ----------------------------------------------------------------------------------- measured numbers
 
-MEASURED = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-zen4" / "bench.json"
+MEASURED = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-zen5" / "bench.json"
 # By the first cell of a row of the README's table; the columns are those of COLUMNS.
 FAMILIES = {
     "NCHW, NCL, NCDHW float32": "channels first float32",
