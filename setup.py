@@ -27,6 +27,7 @@ CPP_SOURCES = (
     "csrc/ops/schema.cpp",
     "csrc/ops/cpu.cpp",
     "csrc/ops/module.cpp",
+    "csrc/ops/python.cpp",
     "csrc/cpu/driver.cpp",
     "csrc/cpu/batch_norm_stats.cpp",
     "csrc/cpu/batch_norm_gather_stats.cpp",

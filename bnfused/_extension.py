@@ -70,7 +70,7 @@ def _load() -> tuple[Any, str | None]:
     if reason := _other_torch(module.build_info()["torch"]):
         return None, reason
     for op in OPS:
-        if not hasattr(torch.ops.bnfused, op):
+        if not hasattr(module, op):
             return None, f"the extension was built from older sources, without {op}; rebuild it with: {REBUILD}"
     return module, None
 
@@ -87,6 +87,11 @@ def is_available() -> bool:
 def why_unavailable() -> str | None:
     """Why the compiled extension is not loaded, with the command that mends it; None if it is loaded."""
     return _reason
+
+
+def op(name: str) -> Any:
+    """One of ``OPS`` as the extension has it, or None without the extension."""
+    return getattr(_module, name, None)
 
 
 def build_info() -> dict[str, Any]:

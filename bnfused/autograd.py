@@ -20,7 +20,6 @@ from bnfused.activations import RELU_CODE
 # What every call asks, by names of this module: those of torch are in dicts so large that each is a miss of the caches
 # where convolutions run between two calls (measured in ResNet-50: 4 us of each backward). The layers above do the same.
 _any_requires_grad = torch._C._any_requires_grad
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _are_transforms_active = torch._C._are_functorch_transforms_active
 
 # (running_mean, running_var, num_batches_tracked)
@@ -54,15 +53,14 @@ class BatchNormFunction(torch.autograd.Function):
         with_saved: bool = False,
     ) -> Any:
         training, momentum, eps, activation, activation_param = settings
-        with _BelowAutograd():
-            if training:
-                y, mean, invstd, mask = ops.batch_norm_train(
-                    x, weight, bias, *state, residual, momentum, eps, activation, activation_param
-                )
-            else:
-                y, mean, invstd, mask = ops.batch_norm_frozen(
-                    x, weight, bias, state[0], state[1], residual, eps, activation, activation_param
-                )
+        if training:
+            y, mean, invstd, mask = ops.batch_norm_train(
+                x, weight, bias, *state, residual, momentum, eps, activation, activation_param
+            )
+        else:
+            y, mean, invstd, mask = ops.batch_norm_frozen(
+                x, weight, bias, state[0], state[1], residual, eps, activation, activation_param
+            )
         # A mask of no elements would be packed and unpacked all the same.
         kept_mask = mask if activation == RELU_CODE and residual is not None else None
         if activation == 0 or kept_mask is not None:
@@ -104,8 +102,7 @@ class BatchNormFunction(torch.autograd.Function):
         elif is_compiling():  # compiled autograd
             grad_x, grad_weight, grad_bias, grad_residual = torch.ops.bnfused.batch_norm_backward.default(*args)
         else:
-            with _BelowAutograd():
-                grad_x, grad_weight, grad_bias, grad_residual = ops.batch_norm_backward(*args)
+            grad_x, grad_weight, grad_bias, grad_residual = ops.batch_norm_backward(*args)
         if activation == 0:
             grad_residual = grad_y
         return (
@@ -198,8 +195,7 @@ def _passes(
         return None
     only_residual = (False, False, False, True)
     args = (torch.ones_like(x), x, weight, bias, None, mean, invstd, mask, RELU_CODE, param, training, only_residual)
-    with _BelowAutograd():
-        return ops.batch_norm_backward(*args)[3] != 0
+    return ops.batch_norm_backward(*args)[3] != 0
 
 
 # Function.apply without its look at every argument for wrappers of torch.func, which the caller has ruled out: 2 us.
@@ -230,21 +226,20 @@ class BatchNormBackwardFunction(torch.autograd.Function):
         ctx.output_mask = output_mask
         ctx.save_for_backward(grad_y, x, weight, bias, residual, mean, invstd, mask)
         ctx.set_materialize_grads(False)
-        with _BelowAutograd():
-            return ops.batch_norm_backward(
-                grad_y,
-                x,
-                weight,
-                bias,
-                residual,
-                mean,
-                invstd,
-                mask,
-                activation,
-                activation_param,
-                training,
-                output_mask,
-            )
+        return ops.batch_norm_backward(
+            grad_y,
+            x,
+            weight,
+            bias,
+            residual,
+            mean,
+            invstd,
+            mask,
+            activation,
+            activation_param,
+            training,
+            output_mask,
+        )
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
@@ -324,8 +319,7 @@ def _train(
     state = (running_mean, running_var, num_batches_tracked)
     if _requires_grad("batch_norm_train", x, weight, bias, residual):
         return BatchNormFunction.apply(x, weight, bias, residual, state, (True, *settings), True)
-    with _BelowAutograd():
-        return ops.batch_norm_train(x, weight, bias, *state, residual, *settings)
+    return ops.batch_norm_train(x, weight, bias, *state, residual, *settings)
 
 
 def _frozen(
@@ -340,8 +334,7 @@ def _frozen(
     if _requires_grad("batch_norm_frozen", x, weight, bias, residual):
         state = (running_mean, running_var, None)
         return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings), True)
-    with _BelowAutograd():
-        return ops.batch_norm_frozen(x, weight, bias, running_mean, running_var, residual, *settings)
+    return ops.batch_norm_frozen(x, weight, bias, running_mean, running_var, residual, *settings)
 
 
 def _eval(
@@ -356,8 +349,7 @@ def _eval(
     if _requires_grad("batch_norm_eval", x, weight, bias, residual):
         state = (running_mean, running_var, None)
         return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings))
-    with _BelowAutograd():
-        return ops.batch_norm_eval(x, weight, bias, running_mean, running_var, residual, *settings)
+    return ops.batch_norm_eval(x, weight, bias, running_mean, running_var, residual, *settings)
 
 
 def _backward(grad_y: Tensor, x: Tensor, *rest: Any) -> Any:
@@ -366,8 +358,7 @@ def _backward(grad_y: Tensor, x: Tensor, *rest: Any) -> Any:
             "bnfused::batch_norm_backward: expected inputs that do not require grad; it is differentiable "
             "through bnfused.functional.batch_norm"
         )
-    with _BelowAutograd():
-        return ops.batch_norm_backward(grad_y, x, *rest)
+    return ops.batch_norm_backward(grad_y, x, *rest)
 
 
 def register() -> None:

@@ -10,7 +10,6 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from bnfused import _extension, activations, autograd, fake, ops, reference, without_cuda
 
 _any_requires_grad = torch._C._any_requires_grad
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _tracing_state = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -123,10 +122,9 @@ def batch_norm(
     if is_grad_enabled() and _any_requires_grad(input, weight, bias, residual):
         settings = (training, momentum, eps, code, param)
         return autograd.apply_unwrapped(input, weight, bias, residual, state, settings)
-    with _BelowAutograd():
-        if training:
-            return ops.batch_norm_train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]
-        return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, residual, eps, code, param)
+    if training:
+        return ops.batch_norm_train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]
+    return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, residual, eps, code, param)
 
 
 def _has_kernel(x: Tensor, compiling: bool) -> bool:

@@ -64,6 +64,7 @@ CPP = {
     ),
 }
 PYBIND = "csrc/ops/module.cpp"
+PYTHON_API = ("csrc/ops/python.h", "csrc/ops/python.cpp")
 # What a stream and a status are, where the launchers are called.
 CUDA_RUNTIME = ("csrc/cuda/launch.h", "csrc/ops/cuda.cpp")
 # The launchers and the CPU backend are called through one header each; nothing else of them is the ops' business.
@@ -100,6 +101,7 @@ def wrong_includes(path: str, text: str, exists) -> list[str]:
             allowed = (
                 re.fullmatch(outside, name)
                 or (path == PYBIND and name.startswith("pybind11/"))
+                or (path in PYTHON_API and name == "Python.h")
                 or (path in CUDA_RUNTIME and name == "cuda_runtime_api.h")
             )
             if name == "torch/extension.h":
@@ -240,6 +242,7 @@ def test_a_back_import_is_found(module, line):
         ("csrc/cpu/driver.h", "#include <ATen/Parallel.h>"),
         ("csrc/ops/cpu.cpp", '#include "ops/ops.h"'),
         ("csrc/ops/module.cpp", "#include <pybind11/pybind11.h>"),
+        ("csrc/ops/python.h", "#include <Python.h>"),
         ("csrc/kernels/welford.cuh", '#include "platform.cuh"'),
         ("csrc/kernels/welford.cuh", '#include "batch_norm.h"'),
         ("csrc/ops/cuda.cpp", "#include <cuda_runtime_api.h>"),

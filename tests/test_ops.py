@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 import cases
 import checks
 import oracle
+from bnfused import ops
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -362,3 +366,99 @@ def test_meta_tensors():
     assert y.shape == p.x.shape
     assert mean.dtype == torch.float64
     assert mask.dtype == torch.uint8
+
+
+def call_with(name):
+    """Arguments for any of the ops, each of which may be written to."""
+    p = cases.make((4, 3, 5), layout="channels_last", residual=True)
+    if name in ARGUMENTS:
+        return list(ARGUMENTS[name](p, (RELU, 0.0)))
+    moments = ops.batch_norm_stats(p.x)
+    mean, var, count = ops.batch_norm_gather_stats(moments[None], None, None, None, None, 0.0)
+    _, invstd, mask = ops.batch_norm_apply(p.x, p.weight, p.bias, mean, var, p.residual, p.eps, RELU, 0.0)
+    backward = (p.grad_y, p.x, p.weight, p.bias, p.residual, mean, invstd, mask)
+    sums = ops.batch_norm_backward_reduce(*backward, RELU, 0.0)
+    return {
+        "batch_norm_stats": [p.x],
+        "batch_norm_gather_stats": [moments[None], p.running_mean, p.running_var, p.num_batches_tracked, None, 0.1],
+        "batch_norm_apply": [p.x, p.weight, p.bias, mean, var, p.residual, p.eps, RELU, 0.0],
+        "batch_norm_backward_reduce": [*backward, RELU, 0.0],
+        "batch_norm_backward_apply": [*backward, sums, count, RELU, 0.0, [True, False]],
+    }[name]
+
+
+def tensors_of(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_functions_are_the_ops(name):
+    """bnfused.ops.* does what torch.ops.bnfused.* does, to its arguments too, and builds no graph."""
+    args = call_with(name)
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    expected = tensors_of(op(name)(*copies))
+    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    if any(argument.alias_info for argument in op(name)._schema.arguments):  # running statistics are no leaves
+        leaves = [leaves[0], *(a.detach() if isinstance(a, torch.Tensor) else a for a in leaves[1:])]
+    results = tensors_of(getattr(ops, name)(*leaves))
+    for result, wanted in zip(results, expected, strict=True):
+        assert checks.same_bits(result, wanted)
+        assert not result.requires_grad
+    for arg, copy in zip(args, copies, strict=True):
+        if isinstance(arg, torch.Tensor):
+            assert checks.same_bits(arg.detach(), copy)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_functions_refuse_what_is_no_such_argument(name):
+    """Each argument that is of a wrong type is named, with what was wanted and what came, and nothing is written."""
+    args = call_with(name)
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    for i, argument in enumerate(op(name)._schema.arguments):
+        message = rf"bnfused::{name}: expected {argument.name} to be (a|an|\d) [a-zN ]+, got object"
+        with pytest.raises(TypeError, match=message):
+            getattr(ops, name)(*args[:i], object(), *args[i + 1 :])
+    for wrong in (args[:-1], [*args, None]):
+        with pytest.raises(TypeError, match=f"bnfused::{name}: expected {len(args)} arguments, got {len(wrong)}"):
+            getattr(ops, name)(*wrong)
+    for arg, copy in zip(args, before, strict=True):
+        assert checks.same_bits(arg, copy) if isinstance(arg, torch.Tensor) else arg == copy
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_functions_keep_no_reference(name):
+    """Neither to what they are given nor to what they return, whether they succeed or not."""
+    args = call_with(name)
+    function = getattr(ops, name)
+
+    def counts():
+        return [sys.getrefcount(a) for a in args if isinstance(a, torch.Tensor)]
+
+    before = counts()
+    results = [weakref.ref(t) for t in tensors_of(function(*args))]
+    with pytest.raises(TypeError):
+        function(*args[:-1], object())
+    assert counts() == before
+    assert all(result() is None for result in results)
+
+
+def test_functions_let_other_threads_run():
+    """The interpreter is free while an op runs."""
+    x = torch.randn(64, 64, 16, 16)
+    results = []  # kept, since torch lets the interpreter go where a tensor is freed
+    done = threading.Event()
+
+    def work():
+        while len(results) < 1000 and not done.is_set():
+            results.append(ops.batch_norm_stats(x))
+
+    thread = threading.Thread(target=work)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # seconds: who has the interpreter keeps it, unless he lets go
+    try:
+        thread.start()
+        done.set()
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(results) < 1000

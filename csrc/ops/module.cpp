@@ -1,5 +1,5 @@
-// bnfused._C: what is no tensor. The only file with pybind11; no tensor crosses it, so that it does not matter which
-// pybind11 torch was built with. Importing it registers the ops.
+// bnfused._C: the ops as functions of Python, and what is no tensor. No tensor crosses pybind11, so that it does not
+// matter which pybind11 torch was built with. Importing it registers the ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/leaves.h"
+#include "ops/python.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -130,6 +131,7 @@ py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, in
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of bnfused; use the Python package, not this module.";
+  bnfused::ops::add_functions(m.ptr());
   m.def("build_info", [] {
     py::dict info;
     info["torch"] = BNFUSED_TORCH_VERSION;

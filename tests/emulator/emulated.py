@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -63,9 +63,19 @@ def library() -> ctypes.CDLL:
 
 @cache
 def ops() -> SimpleNamespace:
-    """The builtins, as ``bnfused.ops`` has them."""
+    """What ``bnfused.ops`` has, for this backend."""
     library()
-    return SimpleNamespace(**{name: getattr(torch.ops.bnfused_emulated, name).default._op for name in _extension.OPS})
+    return SimpleNamespace(**{name: _below_autograd(name) for name in _extension.OPS})
+
+
+def _below_autograd(name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.bnfused_emulated, name).default
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
 
 
 def take_launches() -> list[Launch]:
