@@ -50,7 +50,8 @@ CUDA_BINDING = ("csrc/ops/cuda.cpp",)
 
 # No -std: torch adds the one that its headers need, unless a flag names another.
 # No -march=native: the build would die of an illegal instruction on another CPU.
-CXX_FLAGS = ("-O3", "-g0", "-Wall", "-Wextra", "-Wno-psabi", "-fvisibility=hidden")
+# -fno-math-errno: sqrt becomes an instruction, also in vectors; nothing here reads errno.
+CXX_FLAGS = ("-O3", "-g0", "-Wall", "-Wextra", "-Wno-psabi", "-fno-math-errno", "-fvisibility=hidden")
 # -std: no header of torch has a say here, and C++17 is the oldest that all of CUDA's own headers take.
 # --expt-relaxed-constexpr: kernels call constexpr functions of headers that g++ reads too, and so bear no __device__.
 NVCC_FLAGS = (

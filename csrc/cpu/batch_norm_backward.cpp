@@ -27,15 +27,10 @@ bool needs_sums(const BackwardArgs& args) {
   return args.grad_weight || args.grad_bias || (args.training && args.grad_x && !args.sum_grad);
 }
 
-// Sums of g and of g * (x - mean as the leaves know it).
-struct GradSums {
-  double g = 0, g_d = 0;
-
-  void operator+=(const Sums& s) {
-    g += s.first;
-    g_d += s.second;
-  }
-};
+void operator+=(Sums& a, const Sums& b) {
+  a.first += b.first;
+  a.second += b.second;
+}
 
 template <class A>
 struct GradAffine {
@@ -47,37 +42,84 @@ static_assert(sizeof(GradAffine<float>) == kBackwardCoefficients * sizeof(float)
 
 // What of the mean A cannot hold.
 template <class A>
-double rest_of_mean(const BackwardArgs& args, int64_t c, const GradAffine<A>& a) {
-  return args.mean[c] - double(a.forward.mean);
+double rest_of_mean(const BackwardArgs& args, int64_t c) {
+  return args.mean[c] - double(static_cast<A>(args.mean[c]));
 }
 
-// grad_x from the means of g and of g * xhat.
-template <class A>
-void center(const BackwardArgs& args, int64_t c, double mean_grad, double mean_grad_xhat, GradAffine<A>* a) {
-  const double invstd = args.invstd[c];
-  const double scale = read(args.weight, c, 1) * invstd;
-  const double slope = -scale * invstd * mean_grad_xhat;
-  a->slope = static_cast<A>(slope);
-  a->offset = static_cast<A>(-scale * mean_grad - rest_of_mean(args, c, *a) * slope);
+// These three take `count` channels, at most kChannelsTogether, and call set(channel, ...).
+
+// slope and offset from the means of g and of g * xhat.
+template <class A, class Set>
+void center(const BackwardArgs& args, int64_t first, int count, const double* mean_grad, const double* mean_grad_xhat,
+            Set set) {
+  double weight[kChannelsTogether];
+  read(args.weight, first, count, 1, weight);
+  for (int i = 0; i < count; ++i) {
+    const double invstd = args.invstd[first + i], scale = weight[i] * invstd;
+    const double slope = -scale * invstd * mean_grad_xhat[i];
+    const double offset = -scale * mean_grad[i] - rest_of_mean<A>(args, first + i) * slope;
+    set(first + i, static_cast<A>(slope), static_cast<A>(offset));
+  }
 }
 
+// The coefficients of the forward, and of the backward where the sums are given.
+template <class A, class SetForward, class SetBackward>
+void recompute(const BackwardArgs& args, int64_t first, int count, SetForward set_forward, SetBackward set_backward) {
+  double weight[kChannelsTogether], bias[kChannelsTogether];
+  read(args.weight, first, count, 1, weight);
+  read(args.bias, first, count, 0, bias);
+  for (int i = 0; i < count; ++i) {
+    set_forward(first + i, affine<A>(args.mean[first + i], args.invstd[first + i], weight[i], bias[i]));
+  }
+  if (!args.sum_grad) return;
+  double mean_grad[kChannelsTogether], mean_grad_xhat[kChannelsTogether];
+  read(args.sum_grad, first, count, 0, mean_grad);
+  read(args.sum_grad_xhat, first, count, 0, mean_grad_xhat);
+  const double per_value = 1 / std::max(*args.batch_count, 1.0);
+  for (int i = 0; i < count; ++i) {
+    mean_grad[i] *= per_value;
+    mean_grad_xhat[i] *= per_value;
+  }
+  center<A>(args, first, count, mean_grad, mean_grad_xhat, set_backward);
+}
+
+// Everything that follows from the sums of g and of g * (x - mean as the leaves know it).
+template <class A, class Set>
+void finish(const BackwardArgs& args, double per_row, int64_t first, int count, const double* g, const double* g_d,
+            Set set) {
+  double g_xhat[kChannelsTogether];
+  for (int i = 0; i < count; ++i) {
+    g_xhat[i] = (g_d[i] - rest_of_mean<A>(args, first + i) * g[i]) * args.invstd[first + i];
+  }
+  write(args.grad_weight, first, count, g_xhat);
+  write(args.grad_bias, first, count, g);
+  if (!args.training || args.sum_grad) return;
+  double mean_grad[kChannelsTogether];
+  for (int i = 0; i < count; ++i) {
+    mean_grad[i] = g[i] * per_row;
+    g_xhat[i] *= per_row;
+  }
+  center<A>(args, first, count, mean_grad, g_xhat, set);
+}
+
+// The same for one channel.
 template <class A>
 GradAffine<A> recompute(const BackwardArgs& args, int64_t c) {
-  GradAffine<A> a{affine<A>(args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0))};
-  if (args.sum_grad) {
-    const double per_value = 1 / std::max(*args.batch_count, 1.0);
-    center(args, c, read(args.sum_grad, c, 0) * per_value, read(args.sum_grad_xhat, c, 0) * per_value, &a);
-  }
+  GradAffine<A> a;
+  const auto set_forward = [&](int64_t, const Affine<A>& forward) { a.forward = forward; };
+  recompute<A>(args, c, 1, set_forward, [&](int64_t, A slope, A offset) {
+    a.slope = slope;
+    a.offset = offset;
+  });
   return a;
 }
 
-// Everything that follows from one channel's sums.
 template <class A>
-void finish(const BackwardArgs& args, double per_row, int64_t c, const GradSums& sums, GradAffine<A>* a) {
-  const double g_xhat = (sums.g_d - rest_of_mean(args, c, *a) * sums.g) * args.invstd[c];
-  write(args.grad_weight, c, g_xhat);
-  write(args.grad_bias, c, sums.g);
-  if (args.training && !args.sum_grad) center(args, c, sums.g * per_row, g_xhat * per_row, a);
+void finish(const BackwardArgs& args, double per_row, int64_t c, const Sums& sums, GradAffine<A>* a) {
+  finish<A>(args, per_row, c, 1, &sums.first, &sums.second, [&](int64_t, A slope, A offset) {
+    a->slope = slope;
+    a->offset = offset;
+  });
 }
 
 template <class T>
@@ -108,7 +150,7 @@ void backward_planes(const BackwardArgs& args) {
   const int64_t mask_plane = (p.inner + 7) / 8;
 
   const auto sum_part = [&](int64_t c, const Part& part, const GradAffine<A>& coefficients) {
-    GradSums sums;
+    Sums sums{};
     for_each_block(part.runs(p), [&](int64_t offset, Runs block) {
       const int64_t at = part.first(p, c) + offset;
       const int64_t mask_at = args.mask ? at / p.inner * mask_plane + at % p.inner / 8 : 0;
@@ -145,15 +187,15 @@ void backward_planes(const BackwardArgs& args) {
   const auto coefficients = std::make_unique<GradAffine<A>[]>(p.channels);
   for (int64_t c = 0; c < p.channels; ++c) coefficients[c] = recompute<A>(args, c);
   if (needs_sums(args)) {
-    const auto sums = std::make_unique<GradSums[]>(p.channels * parts);
+    const auto sums = std::make_unique<Sums[]>(p.channels * parts);
     at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         sums[i] = sum_part(i / parts, part_of(p, i % parts, parts), coefficients[i / parts]);
       }
     });
     for (int64_t c = 0; c < p.channels; ++c) {
-      GradSums all;
-      for (int64_t i = 0; i < parts; ++i) all += {sums[c * parts + i].g, sums[c * parts + i].g_d};
+      Sums all{};
+      for (int64_t i = 0; i < parts; ++i) all += sums[c * parts + i];
       finish(args, per_row, c, all, &coefficients[c]);
     }
   }
@@ -189,16 +231,27 @@ void backward_short_planes(const BackwardArgs& args) {
       return g;
     };
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = group * together;
-      for (int64_t c = 0; c < together; ++c) coefficients[c] = recompute<A>(args, first + c);
+      const int64_t first_of_group = group * together;
+      const auto set_forward = [&](int64_t c, const Affine<A>& a) { coefficients[c - first_of_group].forward = a; };
+      const auto set_backward = [&](int64_t c, A slope, A offset) {
+        coefficients[c - first_of_group].slope = slope;
+        coefficients[c - first_of_group].offset = offset;
+      };
+      for_channels(first_of_group, first_of_group + together,
+                   [&](int64_t first, int count) { recompute<A>(args, first, count, set_forward, set_backward); });
       coefficients.spread(leaf, 0, kForwardCoefficients);
       if (needs_sums(args)) {
-        const GradArgs<T> g = args_at(whole.first(p, group), whole.first_mask(p, group), whole.runs(p));
-        leaf.row_grad_sums[int(Source::kCache)][kind](g, g_sums.get(), products.get());
+        const GradArgs<T> all = args_at(whole.first(p, group), whole.first_mask(p, group), whole.runs(p));
+        leaf.row_grad_sums[int(Source::kCache)][kind](all, g_sums.get(), products.get());
         leaf.fold(g_sums.get(), products.get(), together, inner, sums.get());
-        for (int64_t c = 0; c < together; ++c) {
-          finish(args, per_row, first + c, {sums[c].first, sums[c].second}, &coefficients[c]);
-        }
+        for_channels(0, together, [&](int64_t first, int count) {
+          double g[kChannelsTogether], g_d[kChannelsTogether];
+          for (int i = 0; i < count; ++i) {
+            g[i] = sums[first + i].first;
+            g_d[i] = sums[first + i].second;
+          }
+          finish<A>(args, per_row, first_of_group + first, count, g, g_d, set_backward);
+        });
       }
       coefficients.spread(leaf, kForwardCoefficients, kBackwardCoefficients);
       if (writes) apply(args_at(whole.last(p, group), whole.last_mask(p, group), whole.reversed(p)));
@@ -211,9 +264,14 @@ template <class T>
 class ColumnSums {
  public:
   explicit ColumnSums(int64_t columns)
-      : sums_(scratch<double>(columns)), products_(scratch<double>(columns)), all_(new GradSums[columns]) {}
+      : of_block_{scratch<double>(columns), scratch<double>(columns)},
+        all_{scratch<double>(columns), scratch<double>(columns)} {
+    for (auto& sums : all_) std::fill_n(sums.get(), columns, 0.0);
+  }
 
-  const GradSums& operator[](int64_t column) const { return all_[column]; }
+  // Of g, and of g * (x - mean).
+  const double* g() const { return all_[0].get(); }
+  const double* g_d() const { return all_[1].get(); }
 
   // `at` makes the arguments for the rows from a row of this call on.
   template <class ArgsAt>
@@ -221,14 +279,17 @@ class ColumnSums {
     for (int64_t row = 0; row < runs.count; row += kBlockRows) {
       GradArgs<T> g = at(row);
       g.runs = {std::min(kBlockRows, runs.count - row), runs.length, runs.stride, runs.mask_stride};
-      leaf.row_grad_sums[int(source)][kind](g, sums_.get(), products_.get());
-      for (int64_t i = 0; i < runs.length; ++i) all_[i] += {sums_[i], products_[i]};
+      leaf.row_grad_sums[int(source)][kind](g, of_block_[0].get(), of_block_[1].get());
+      for (int k = 0; k < 2; ++k) {
+        double* all = all_[k].get();
+        const double* more = of_block_[k].get();
+        for (int64_t i = 0; i < runs.length; ++i) all[i] += more[i];
+      }
     }
   }
 
  private:
-  Scratch<double> sums_, products_;
-  std::unique_ptr<GradSums[]> all_;
+  Scratch<double> of_block_[2], all_[2];
 };
 
 template <class T>
@@ -244,13 +305,16 @@ void backward_rows(const BackwardArgs& args) {
   const auto apply = leaf.grad_apply[int(Layout::kRows)][streaming][kind];
 
   ColumnCoefficients<A> coefficients(view, p.channels, kBackwardCoefficients);
+  const auto set_forward = [&](int64_t c, const Affine<A>& forward) { coefficients.set(c, forward); };
+  const auto set_backward = [&](int64_t c, A slope, A offset) {
+    coefficients.set(kSlope, c, slope);
+    coefficients.set(kOffset, c, offset);
+  };
   at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const GradAffine<A> a = recompute<A>(args, c);
-      coefficients.set(c, a.forward);
-      coefficients.set(kSlope, c, a.slope);
-      coefficients.set(kOffset, c, a.offset);
-    }
+    for_channels(begin, end, [&](int64_t first, int count) {
+      recompute<A>(args, first, count, set_forward, set_backward);
+      coefficients.repeat(first, count);
+    });
   });
   const auto args_at = [&](int64_t at) {
     GradArgs<T> g = grad_args<T>(args, at, at / 8);
@@ -273,18 +337,19 @@ void backward_rows(const BackwardArgs& args) {
       }
     });
     at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        GradSums all;
+      for_channels(begin, end, [&](int64_t first, int count) {
+        double g[kChannelsTogether] = {}, g_d[kChannelsTogether] = {};
         for (const auto& of_task : sums) {
-          for (int64_t column = c; column < sum_view.columns; column += p.channels) {
-            all += {of_task[column].g, of_task[column].g_d};
+          for (int64_t column = first; column < sum_view.columns; column += p.channels) {
+            for (int i = 0; i < count; ++i) {
+              g[i] += of_task.g()[column + i];
+              g_d[i] += of_task.g_d()[column + i];
+            }
           }
         }
-        GradAffine<A> a = recompute<A>(args, c);
-        finish(args, per_row, c, all, &a);
-        coefficients.set(kSlope, c, a.slope);
-        coefficients.set(kOffset, c, a.offset);
-      }
+        finish<A>(args, per_row, first, count, g, g_d, set_backward);
+        coefficients.repeat(first, count);
+      });
     });
   }
   if (!args.grad_x && !args.grad_residual) return;

@@ -7,13 +7,18 @@
 namespace bnfused::cpu {
 namespace {
 
-template <class A>
-Affine<A> finish(const EvalArgs& args, int64_t c) {
-  const double mean = read(args.running_mean, c, 0);
-  const double invstd = 1 / std::sqrt(read(args.running_var, c, 1) + args.eps);
-  if (args.mean) args.mean[c] = mean;
-  if (args.invstd) args.invstd[c] = invstd;
-  return affine<A>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+// What is kept of `count` channels, at most kChannelsTogether; calls set(channel, coefficients).
+template <class A, class Set>
+void finish(const EvalArgs& args, int64_t first, int count, Set set) {
+  double mean[kChannelsTogether], invstd[kChannelsTogether], weight[kChannelsTogether], bias[kChannelsTogether];
+  read(args.running_mean, first, count, 0, mean);
+  read(args.running_var, first, count, 1, invstd);
+  read(args.weight, first, count, 1, weight);
+  read(args.bias, first, count, 0, bias);
+  for (int i = 0; i < count; ++i) invstd[i] = 1 / std::sqrt(invstd[i] + args.eps);
+  if (args.mean) std::copy_n(mean, count, args.mean + first);
+  if (args.invstd) std::copy_n(invstd, count, args.invstd + first);
+  for (int i = 0; i < count; ++i) set(first + i, affine<A>(mean[i], invstd[i], weight[i], bias[i]));
 }
 
 template <class T>
@@ -25,12 +30,13 @@ void eval_planes(const EvalArgs& args) {
   // [kind][channel]: consecutive planes are consecutive channels.
   const auto coefficients = scratch<A>(kForwardCoefficients * p.channels);
   at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Affine<A> a = finish<A>(args, c);
-      coefficients[kMean * p.channels + c] = a.mean;
-      coefficients[kScale * p.channels + c] = a.scale;
-      coefficients[kShift * p.channels + c] = a.shift;
-    }
+    for_channels(begin, end, [&](int64_t first, int count) {
+      finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) {
+        coefficients[kMean * p.channels + c] = a.mean;
+        coefficients[kScale * p.channels + c] = a.scale;
+        coefficients[kShift * p.channels + c] = a.shift;
+      });
+    });
   });
   const int64_t mask_plane = (p.inner + 7) / 8;
   const auto apply_planes = [&](int64_t plane, int64_t count, int64_t begin, int64_t length) {
@@ -81,7 +87,9 @@ void eval_short_planes(const EvalArgs& args) {
   at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
     GroupCoefficients<T, Affine<A>> coefficients(together, inner);
     for (int64_t group = begin; group < end; ++group) {
-      for (int64_t c = 0; c < together; ++c) coefficients[c] = finish<A>(args, group * together + c);
+      for_channels(group * together, (group + 1) * together, [&](int64_t first, int count) {
+        finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) { coefficients[c - group * together] = a; });
+      });
       coefficients.spread(leaf, 0, kForwardCoefficients);
       ApplyArgs<T> a = apply_args<T>(args, whole.first(p, group), whole.first_mask(p, group));
       a.runs = whole.runs(p);
@@ -101,7 +109,10 @@ void eval_rows(const EvalArgs& args) {
   const auto apply = best_leaves<T>().apply[int(Layout::kRows)][streaming][int(forward_kind(args.epilogue))];
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
   at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) coefficients.set(c, finish<A>(args, c));
+    for_channels(begin, end, [&](int64_t first, int count) {
+      finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) { coefficients.set(c, a); });
+      coefficients.repeat(first, count);
+    });
   });
   at::parallel_for(0, view.rows(), grain_for(view.columns), [&](int64_t begin, int64_t end) {
     for_rows(view, begin, end, [&](Runs runs, int64_t at) {
@@ -122,7 +133,9 @@ void batch_norm_eval(const EvalArgs& args) {
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     if (p.numel() == 0) {
-      for (int64_t c = 0; c < p.channels; ++c) finish<Accumulate<T>>(args, c);
+      for_channels(0, p.channels, [&](int64_t first, int count) {
+        finish<Accumulate<T>>(args, first, count, [](int64_t, const Affine<Accumulate<T>>&) {});
+      });
     } else if (has_short_planes(p) && gains_in_groups<T>(args)) {
       eval_short_planes<T>(args);
     } else {

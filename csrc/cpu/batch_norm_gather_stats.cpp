@@ -29,8 +29,9 @@ void batch_norm_gather_stats(const GatherArgs& args) {
       args.batch_mean[c] = all.mean;
       args.batch_var[c] = count > 1 ? all.m2 / count : all.m2;
       if (count > 1) {
-        move(args.running_mean, c, momentum, all.mean);
-        move(args.running_var, c, momentum, all.m2 / (count - 1));
+        const double free_var = all.m2 / (count - 1);
+        move(args.running_mean, c, 1, momentum, &all.mean);
+        move(args.running_var, c, 1, momentum, &free_var);
       }
     }
   });

@@ -19,7 +19,9 @@ void batch_norm_stats(const MomentsArgs& args) {
     } else if (is_planes(p)) {
       for_each_channel_of_planes(p, x, parts_per_channel(p), keep);
     } else {
-      for_each_channel_of_rows(p, x, keep);
+      for_each_channel_of_rows(p, x, [&](int64_t first, int count, const double* mean, const double* m2) {
+        for (int i = 0; i < count; ++i) keep(first + i, {double(p.rows()), mean[i], m2[i]});
+      });
     }
   });
 }

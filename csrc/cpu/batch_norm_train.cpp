@@ -12,8 +12,7 @@
 namespace bnfused::cpu {
 namespace {
 
-// Everything that follows from one channel's moments. What all channels share is divided once: for wide rows the
-// divisions were a third of the time.
+// Everything that follows from the moments of channels. What all of them share is divided once.
 class Finish {
  public:
   Finish(const TrainArgs& args, double momentum)
@@ -22,14 +21,28 @@ class Finish {
         per_row_(1 / double(args.problem.rows())),
         per_free_row_(1 / (double(args.problem.rows()) - 1)) {}
 
+  // `count` channels, at most kChannelsTogether: calls set(channel, coefficients).
+  template <class A, class Set>
+  void channels(int64_t first, int count, const double* mean, const double* m2, Set set) const {
+    double invstd[kChannelsTogether], free_var[kChannelsTogether], weight[kChannelsTogether], bias[kChannelsTogether];
+    for (int i = 0; i < count; ++i) {
+      invstd[i] = 1 / std::sqrt(m2[i] * per_row_ + args_.eps);
+      free_var[i] = m2[i] * per_free_row_;
+    }
+    std::copy_n(mean, count, args_.mean + first);
+    std::copy_n(invstd, count, args_.invstd + first);
+    move(args_.running_mean, first, count, momentum_, mean);
+    move(args_.running_var, first, count, momentum_, free_var);
+    read(args_.weight, first, count, 1, weight);
+    read(args_.bias, first, count, 0, bias);
+    for (int i = 0; i < count; ++i) set(first + i, affine<A>(mean[i], invstd[i], weight[i], bias[i]));
+  }
+
   template <class A>
   Affine<A> channel(int64_t c, const Moments& m) const {
-    const double invstd = 1 / std::sqrt(m.m2 * per_row_ + args_.eps);
-    args_.mean[c] = m.mean;
-    args_.invstd[c] = invstd;
-    move(args_.running_mean, c, momentum_, m.mean);
-    move(args_.running_var, c, momentum_, m.m2 * per_free_row_);
-    return affine<A>(m.mean, invstd, read(args_.weight, c, 1), read(args_.bias, c, 0));
+    Affine<A> coefficients;
+    channels<A>(c, 1, &m.mean, &m.m2, [&](int64_t, const Affine<A>& a) { coefficients = a; });
+    return coefficients;
   }
 
  private:
@@ -92,9 +105,16 @@ void train_short_planes(const TrainArgs& args, const Finish& finish) {
     GroupCoefficients<T, Affine<A>> coefficients(together, inner);
     for (int64_t group = begin; group < end; ++group) {
       moments.sum(leaf, static_cast<const T*>(args.x) + whole.first(p, group), whole.runs(p));
-      for (int64_t c = 0; c < together; ++c) {
-        coefficients[c] = finish.template channel<A>(group * together + c, moments[c]);
-      }
+      const int64_t first_of_group = group * together;
+      for_channels(0, together, [&](int64_t first, int count) {
+        double mean[kChannelsTogether], m2[kChannelsTogether];
+        for (int i = 0; i < count; ++i) {
+          mean[i] = moments[first + i].mean;
+          m2[i] = moments[first + i].m2;
+        }
+        finish.template channels<A>(first_of_group + first, count, mean, m2,
+                                    [&](int64_t c, const Affine<A>& a) { coefficients[c - first_of_group] = a; });
+      });
       coefficients.spread(leaf, 0, kForwardCoefficients);
       ApplyArgs<T> a = apply_args<T>(args, whole.last(p, group), whole.last_mask(p, group));
       a.runs = whole.reversed(p);
@@ -115,8 +135,12 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
   const auto apply = leaf.apply[int(Layout::kRows)][streaming][int(forward_kind(args.epilogue))];
 
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
+  const auto set = [&](int64_t c, const Affine<A>& a) { coefficients.set(c, a); };
   for_each_channel_of_rows(p, static_cast<const T*>(args.x),
-                           [&](int64_t c, const Moments& m) { coefficients.set(c, finish.template channel<A>(c, m)); });
+                           [&](int64_t first, int count, const double* mean, const double* m2) {
+                             finish.template channels<A>(first, count, mean, m2, set);
+                             coefficients.repeat(first, count);
+                           });
 
   const RowTasks tasks(p, view);
   at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {

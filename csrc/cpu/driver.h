@@ -28,22 +28,45 @@ void with_dtype(DType dtype, F f) {
   }
 }
 
-// float32 in line: it is what nearly all parameters are, and a call for each of four values of a channel adds up.
-double read_other(const PerChannel& values, int64_t channel);
-inline double read(const PerChannel& values, int64_t channel, double if_absent) {
-  if (!values) return if_absent;
-  if (values.dtype == DType::kFloat32) return static_cast<const float*>(values.data)[channel];
-  return read_other(values, channel);
-}
-void write_other(const PerChannel& values, int64_t channel, double value);
-inline void write(const PerChannel& values, int64_t channel, double value) {
-  if (!values) return;
-  if (values.dtype == DType::kFloat32) {
-    static_cast<float*>(values.data)[channel] = static_cast<float>(value);
-  } else {
-    write_other(values, channel, value);
+// Channels whose numbers are worked out together, for the compiler to do it in vectors: where a channel has few values,
+// its square root and its divisions take longer than they do.
+constexpr int kChannelsTogether = 32;
+
+// Calls f(first, count) for the channels of [begin, end), kChannelsTogether at a time.
+template <class F>
+void for_channels(int64_t begin, int64_t end, F f) {
+  for (int64_t first = begin; first < end; first += kChannelsTogether) {
+    f(first, static_cast<int>(std::min<int64_t>(kChannelsTogether, end - first)));
   }
 }
+
+// The values of `count` channels. float32 in line: it is what nearly all parameters are.
+double read_other(const PerChannel& values, int64_t channel);
+inline void read(const PerChannel& values, int64_t first, int count, double if_absent, double* to) {
+  if (!values) {
+    std::fill_n(to, count, if_absent);
+  } else if (values.dtype == DType::kFloat32) {
+    std::copy_n(static_cast<const float*>(values.data) + first, count, to);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = read_other(values, first + i);
+  }
+}
+inline double read(const PerChannel& values, int64_t channel, double if_absent) {
+  double value;
+  read(values, channel, 1, if_absent, &value);
+  return value;
+}
+void write_other(const PerChannel& values, int64_t channel, double value);
+inline void write(const PerChannel& values, int64_t first, int count, const double* from) {
+  if (!values) return;
+  if (values.dtype == DType::kFloat32) {
+    float* to = static_cast<float*>(values.data) + first;
+    for (int i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+  } else {
+    for (int i = 0; i < count; ++i) write_other(values, first + i, from[i]);
+  }
+}
+inline void write(const PerChannel& values, int64_t channel, double value) { write(values, channel, 1, &value); }
 
 // The weight of this batch in the running statistics, and the counter moved on.
 template <class Args>
@@ -51,8 +74,13 @@ double count_batch(const Args& args) {
   const int64_t count = args.num_batches_tracked ? ++*args.num_batches_tracked : 0;
   return args.cumulative ? 1.0 / double(count) : args.momentum;
 }
-inline void move(const PerChannel& running, int64_t channel, double momentum, double of_batch) {
-  if (running) write(running, channel, (1 - momentum) * read(running, channel, 0) + momentum * of_batch);
+// `count` channels, at most kChannelsTogether.
+inline void move(const PerChannel& running, int64_t first, int count, double momentum, const double* of_batch) {
+  if (!running) return;
+  double values[kChannelsTogether];
+  read(running, first, count, 0, values);
+  for (int i = 0; i < count; ++i) values[i] = (1 - momentum) * values[i] + momentum * of_batch[i];
+  write(running, first, count, values);
 }
 
 // Fewer values than this are done on one thread: waking a second costs as much as they do.
@@ -161,7 +189,8 @@ struct Affine {
 template <class A>
 Affine<A> affine(double mean, double invstd, double weight, double bias) {
   const A rounded = static_cast<A>(mean);
-  const double rest = std::isinf(rounded) ? 0 : mean - double(rounded);  // infinity - infinity is none
+  const double left = mean - double(rounded);
+  const double rest = std::isinf(rounded) ? 0 : left;  // infinity - infinity is none
   const double scale = weight * invstd;
   return {rounded, static_cast<A>(scale), static_cast<A>(bias - rest * scale)};
 }
@@ -349,23 +378,33 @@ template <class A>
 class ColumnCoefficients {
  public:
   ColumnCoefficients(const RowView& view, int64_t channels, int kinds)
-      : stride_(padded(view.columns)),
+      : kinds_(kinds),
+        stride_(padded(view.columns)),
         channels_(channels),
         columns_(view.columns),
         values_(scratch<A>(kinds * stride_)) {}
 
-  void set(int kind, int64_t channel, A value) {
-    for (int64_t column = channel; column < columns_; column += channels_) values_[kind * stride_ + column] = value;
-  }
+  // Of a channel's first column; `repeat` has the others.
+  void set(int kind, int64_t channel, A value) { values_[kind * stride_ + channel] = value; }
   void set(int64_t channel, const Affine<A>& a) {
     set(kMean, channel, a.mean);
     set(kScale, channel, a.scale);
     set(kShift, channel, a.shift);
   }
+  // What was set of `count` channels, in all of their columns.
+  void repeat(int64_t first, int count) {
+    for (int64_t row = 0; channels_ < columns_ && row < kinds_ * stride_; row += stride_) {
+      const A* from = values_.get() + row + first;
+      for (int64_t column = channels_; column < columns_; column += channels_) {
+        std::copy_n(from, count, values_.get() + row + column + first);
+      }
+    }
+  }
   const A* data() const { return values_.get(); }
   int64_t stride() const { return stride_; }
 
  private:
+  int kinds_;
   int64_t stride_, channels_, columns_;
   Scratch<A> values_;
 };

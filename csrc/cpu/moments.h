@@ -183,6 +183,10 @@ class ColumnMoments {
   // All columns have `rows_` values, and the first `tail_` of them one more.
   Moments operator[](int64_t column) const { return {double(rows_ + (column < tail_)), mean_[column], m2_[column]}; }
 
+  // The same of all columns where none has one more.
+  const double* mean() const { return mean_.get(); }
+  const double* m2() const { return m2_.get(); }
+
   // Full rows first; a short one comes last and alone.
   void add(const Leaves<T>& leaf, const T* x, Runs runs) {
     const bool is_tail = runs.length < runs.stride;
@@ -266,7 +270,8 @@ void for_each_channel_of_groups(const Problem& of_channels, const T* x, F f) {
   });
 }
 
-// The same for the rows layout; f is called on several threads, for each channel once.
+// The same for the rows layout, where f(first, count, means, sums of squared deviations) gets several channels at once;
+// it is called on several threads, for each channel once.
 template <class T, class F>
 void for_each_channel_of_rows(const Problem& p, const T* x, F f) {
   const Leaves<T>& leaf = best_leaves<T>();
@@ -283,14 +288,24 @@ void for_each_channel_of_rows(const Problem& p, const T* x, F f) {
                [&](Runs runs, int64_t at) { moments[task].add(leaf, x + at, runs); });
     }
   });
+  const bool one_each = tasks.count() == 1 && view.columns == p.channels;
   at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      Moments m;
-      for (const auto& of_task : moments) {
-        for (int64_t column = c; column < view.columns; column += p.channels) m.merge(of_task[column]);
+    for_channels(begin, end, [&](int64_t first, int count) {
+      if (one_each) {
+        f(first, count, moments[0].mean() + first, moments[0].m2() + first);
+        return;
       }
-      f(c, m);
-    }
+      double mean[kChannelsTogether], m2[kChannelsTogether];
+      for (int i = 0; i < count; ++i) {
+        Moments m;
+        for (const auto& of_task : moments) {
+          for (int64_t column = first + i; column < view.columns; column += p.channels) m.merge(of_task[column]);
+        }
+        mean[i] = m.mean;
+        m2[i] = m.m2;
+      }
+      f(first, count, mean, m2);
+    });
   });
 }
 
