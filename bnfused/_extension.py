@@ -9,12 +9,15 @@ import functools
 import importlib
 import json
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 REBUILD = "pip install --no-build-isolation -e ."
 
@@ -118,9 +121,34 @@ BUILD_CUDA = (
 )
 
 
+_has_cuda = build_info().get("cuda") is not None
+
+
 def has_cuda() -> bool:
     """Whether the extension is loaded and was built with the CUDA kernels."""
-    return build_info().get("cuda") is not None
+    return _has_cuda
+
+
+def has_kernels_for(x: Tensor, compiling: bool) -> bool:
+    """Whether the ops run on the device of ``x``, as on meta tensors they do; warns the first time that they do not.
+
+    Raises:
+        RuntimeError: a GPU that the extension was not built for.
+    """
+    if _module is None:
+        warn_once(f"bnfused runs its slow reference path: {_reason}")
+        return False
+    if x.is_cpu or x.is_meta:
+        return True
+    if not (_has_cuda and x.is_cuda):
+        how = f"; {BUILD_CUDA}" if x.is_cuda else ""
+        warn_once(
+            f"bnfused has no kernels for {x.device.type} tensors in this build and runs its slow reference path{how}"
+        )
+        return False
+    if not compiling:  # Dynamo cannot ask a device
+        check_gpu(x.device.index)
+    return True
 
 
 def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -169,7 +197,22 @@ def wrong_gpu(index: int, name: str, capability: tuple[int, int], archs: Sequenc
 
 
 def warn_once(message: str) -> None:
-    """Warn the first time that ``message`` comes, and never again in this process."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    """Warn of the line that called bnfused the first time that ``message`` comes, and never again in this process."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_inside(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def _is_inside(frame: FrameType) -> bool:
+    """Whether the code is bnfused's, what ``bnfused.blocks`` generated included, or torch's, which calls a forward."""
+    package = str(frame.f_globals.get("__name__")).split(".")[0]
+    return package in ("bnfused", "torch") or frame.f_code.co_filename.startswith("<bnfused: ")
+
+
+# Dynamo, which cannot trace a warning, then runs this while it compiles. torch.compiler.assume_constant_result does the
+# same, and imports all of Dynamo.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

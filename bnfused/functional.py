@@ -13,12 +13,10 @@ _any_requires_grad = torch._C._any_requires_grad
 _tracing_state = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
-_available = _extension.is_available()
-_has_cuda = _extension.has_cuda()
-if _available:
+if _extension.is_available():
     autograd.register()
     fake.register()
-    if not _has_cuda:
+    if not _extension.has_cuda():
         without_cuda.register()
 
 
@@ -128,24 +126,11 @@ def batch_norm(
 
 
 def _has_kernel(x: Tensor, compiling: bool) -> bool:
-    """Whether the ops can run on ``x``: the extension is there, for its device, and nothing asks for a transform."""
-    if not _available:
-        _extension.warn_once(f"bnfused runs its slow reference path: {_extension.why_unavailable()}")
-        return False
-    if not x.is_cpu and not x.is_meta:
-        if not (_has_cuda and x.is_cuda):
-            how = f"; {_extension.BUILD_CUDA}" if x.is_cuda else ""
-            _extension.warn_once(
-                f"bnfused has no kernels for {x.device.type} tensors in this build and runs its slow reference "
-                f"path{how}"
-            )
-            return False
-        if not compiling:  # Dynamo cannot ask a device
-            _extension.check_gpu(x.device.index)
-    if x.dim() < 2:  # (0,), which has nothing to compute
-        return False
-    return not (
-        autograd.in_transform()
+    """Whether the ops can run on ``x``: they have kernels for its device, and nothing asks for a transform."""
+    return (
+        _extension.has_kernels_for(x, compiling)
+        and x.dim() >= 2  # not (0,), which has nothing to compute
+        and not autograd.in_transform()
         # What outlived its transform; Dynamo cannot ask, and hands no such tensor on.
-        or (not compiling and _is_wrapped(x))
+        and (compiling or not _is_wrapped(x))
     )

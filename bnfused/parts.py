@@ -16,8 +16,6 @@ from torch import Tensor
 
 from bnfused import _extension, activations, ops, reference
 
-_has_cuda = _extension.has_cuda()
-
 
 @torch.no_grad()
 def batch_norm_stats(input: Tensor) -> Tensor:
@@ -296,21 +294,7 @@ def batch_norm_backward_apply(
 
 
 def _has_kernel(x: Tensor) -> bool:
-    if not _extension.is_available():
-        _extension.warn_once(f"bnfused runs its slow reference path: {_extension.why_unavailable()}")
-        return False
-    if x.is_cpu:
-        return True
-    if _has_cuda and x.is_cuda:
-        if not torch.compiler.is_compiling():  # Dynamo cannot ask a device
-            _extension.check_gpu(x.device.index)
-        return True
-    how = f"; {_extension.BUILD_CUDA}" if x.is_cuda else ""
-    _extension.warn_once(
-        f"bnfused has no kernels for batch norm in parts on {x.device.type} tensors in this build and runs it in "
-        f"plain torch{how}"
-    )
-    return False
+    return _extension.has_kernels_for(x, torch.compiler.is_compiling())
 
 
 def _check_input_of_backward(x: Tensor) -> None:

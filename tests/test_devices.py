@@ -5,6 +5,7 @@ No GPU is needed: the decisions are functions of their arguments, and fake tenso
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnfused
-from bnfused import _extension, functional, without_cuda
+from bnfused import _extension, functional, parts, without_cuda
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_build_without_kernels_warns_once(
     cuda_tensors: torch.Tensor, extension: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And runs the reference, which keeps training; the warning says how to get the kernels."""
-    monkeypatch.setattr(functional, "_has_cuda", False)
+    monkeypatch.setattr(_extension, "_has_cuda", False)
     monkeypatch.setattr(_extension, "_warned", set())
     monkeypatch.setattr(functional.ops, "batch_norm_train", None)
     with warnings.catch_warnings(record=True) as caught:
@@ -83,12 +84,42 @@ def test_a_build_with_kernels_takes_cuda_tensors(
 ) -> None:
     """After it has looked at the GPU that they are on, and only for CUDA: other devices go to the reference."""
     asked: list[int] = []
-    monkeypatch.setattr(functional, "_has_cuda", True)
+    monkeypatch.setattr(_extension, "_has_cuda", True)
     monkeypatch.setattr(_extension, "check_gpu", asked.append)
     assert functional._has_kernel(cuda_tensors, compiling=False)
     assert asked == [0]
     with FakeTensorMode(), pytest.warns(RuntimeWarning, match="no kernels for mps tensors"):
         assert not functional._has_kernel(torch.empty(4, 3, 5, device="mps"), compiling=False)
+
+
+class Block(torch.nn.Module):
+    """Runs as generated code, which stands between the caller and the batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = torch.nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(x).relu()
+
+
+CALLERS = {
+    "function": functools.partial(functional.batch_norm, running_mean=None, running_var=None, training=True),
+    "part": parts.batch_norm_stats,
+    "module": bnfused.BatchNorm1d(3),
+    "block": bnfused.convert(Block()),
+    "whole graph": torch.compile(bnfused.BatchNorm1d(3), backend="eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_the_warning_is_of_the_line_that_called(caller: str, extension: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a line of bnfused's or torch's: it is there that something can be done about it."""
+    monkeypatch.setattr(_extension, "_module", None)
+    monkeypatch.setattr(_extension, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="slow reference path") as caught:
+        CALLERS[caller](torch.randn(4, 3, 5))
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.usefixtures("extension")
