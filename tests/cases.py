@@ -25,27 +25,16 @@ CHANNELS = (1, 2, 3, 5, 8, 12, 16, 31, 33, 48, 64, 65, 96, 320, 2048, 4099)
 # (H, W) whose product is 1, 2, 4, 7, 9, 49, 50, 196 and odd: a plane shorter than a vector, and every remainder.
 SPATIAL = ((1, 1), (1, 2), (2, 2), (7, 1), (3, 3), (7, 7), (5, 10), (14, 14), (13, 17))
 
-# One below, at and one above the sizes at which an accumulator is flushed or merged: 4096 values of a plane, 264 rows.
+# One below, at and one above the sizes at which an accumulator is flushed or merged on the CPU: 4096 values of a plane
+# and 524 rows (kBlockValues and kBlockRows in csrc/cpu/driver.h), 4 rows (kLaneValues in csrc/cpu/leaves_impl.h); and
+# twice as many. 256 are the threads of a block on a GPU.
 BLOCK_ELEMENTS = (4095, 4096, 4097, 8191, 8193)
-BLOCK_ROWS = (7, 8, 9, 255, 256, 257, 263, 264, 265, 527, 529)
+BLOCK_ROWS = (3, 4, 5, 7, 8, 9, 255, 256, 257, 523, 524, 525, 1047, 1049)
 
 RANKS = {2: (24, 5), 3: (6, 5, 7), 4: (4, 5, 3, 6), 5: (3, 5, 2, 3, 4), 6: (2, 5, 2, 3, 2, 2)}
 
-ACTIVATIONS = (
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "silu",
-    "gelu",
-    "hardswish",
-    "sigmoid",
-    "tanh",
-)
-PARAMS = {
-    "leaky_relu": 0.2,
-    "elu": 0.7,
-}  # the defaults would hide an activation_param that is ignored
+ACTIVATIONS = ("relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish", "sigmoid", "tanh")
+PARAMS = {"leaky_relu": 0.2, "elu": 0.7}  # the defaults would hide an activation_param that is ignored
 
 # ------------------------------------------------------------------------------------------ layouts
 
@@ -55,29 +44,25 @@ def _permuted(x: Tensor, source: int, target: int) -> Tensor:
     return x.movedim(source, target).contiguous().movedim(target, source)
 
 
-def _copy_into(view: Tensor, x: Tensor) -> Tensor:
-    return view.copy_(x)
-
-
 def _holes(x: Tensor, dim: int) -> Tensor:
     """Every second place along ``dim`` of a buffer whose other places would be noticed: they hold NaN."""
     sizes = list(x.shape)
     sizes[dim] *= 2
     buffer = x.new_full(sizes, math.nan)
-    return _copy_into(buffer[(slice(None),) * dim + (slice(None, None, 2),)], x)
+    return buffer[(slice(None),) * dim + (slice(None, None, 2),)].copy_(x)
 
 
 def _window(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     """A window along ``dim`` of a wider buffer of NaN."""
     sizes = list(x.shape)
     sizes[dim] += before + after
-    return _copy_into(x.new_full(sizes, math.nan).narrow(dim, before, x.shape[dim]), x)
+    return x.new_full(sizes, math.nan).narrow(dim, before, x.shape[dim]).copy_(x)
 
 
 def _offset(x: Tensor) -> Tensor:
     """Dense, with the strides of ``x``, but one element away from the alignment of the allocation."""
     buffer = x.new_full((x.numel() + 1,), math.nan)
-    return _copy_into(buffer.as_strided(x.shape, torch.empty_like(x).stride(), 1), x)
+    return buffer.as_strided(x.shape, torch.empty_like(x).stride(), 1).copy_(x)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -166,13 +151,7 @@ FLOAT64_HARD = 1e-9
 # The gradient of a kinked activation is not compared where float32 can not tell on which side z is; z is good to 5e-6.
 KINK_MARGIN = 1e-5
 
-KINKS = {
-    "relu": (0.0,),
-    "relu6": (0.0, 6.0),
-    "leaky_relu": (0.0,),
-    "elu": (0.0,),
-    "hardswish": (-3.0, 3.0),
-}
+KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "elu": (0.0,), "hardswish": (-3.0, 3.0)}
 
 
 def limit(expected: Tensor, scale: float | Tensor, dtype: torch.dtype, *, hard: bool = False) -> Tensor:
