@@ -556,18 +556,6 @@ def block_like(converted, forward):
     return original
 
 
-class Wide(nn.Module):
-    """A residual that is broadcast, or of another dtype."""
-
-    def __init__(self, residual):
-        super().__init__()
-        self.bn = nn.BatchNorm2d(C)
-        self.residual = residual
-
-    def forward(self, x):
-        return torch.relu(self.bn(x) + self.residual(x))
-
-
 class Mean(nn.Module):
     def forward(self, x):
         return x.mean((2, 3), keepdim=True)
@@ -580,14 +568,19 @@ class Half(nn.Module):
 
 @pytest.mark.parametrize("residual", [Mean(), Half()])
 def test_a_residual_that_does_not_fit_takes_the_plain_road(residual):
-    """residual(x) comes after the batch norm here; before it, in a Sequential that is called with it."""
+    """One that is broadcast, and one of another dtype."""
 
-    class Before(Wide):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(C)
+            self.residual = residual
+
         def forward(self, x):
             residual = self.residual(x)
             return torch.relu(residual + self.bn(x))
 
-    original = Before(residual).double()
+    original = Added().double()
     converted = bnfused.convert(original)
     assert ops(converted) == {"batch_norm+add+relu": 1}  # as far as can be known without the tensors
     assert runs(converted, images()) == {"batch_norm": 1}
@@ -1213,14 +1206,13 @@ def test_overwritten_result_that_is_not_new():
     converted, original = pair(block(in_place_on_the_other_one))
     for model in (converted, original):
         model.bn = nn.Identity()
-    x, y = images(), None
+    x = images()
     outputs = []
     for model in (converted, original):
         mine = x.clone()
         outputs.append((model(mine).detach(), mine))
     for actual, wanted in zip(*outputs, strict=True):
         twins.assert_near("y and x", actual, wanted, twins.largest(wanted))
-    assert y is None
 
 
 class DoublingInPlace(nn.Module):
@@ -1510,9 +1502,11 @@ def test_frozen_and_mixed_precision():
     twins.assert_same_training(converted, original, images())
     model = nn.Sequential(nn.Conv2d(C, C, 1), Residual())
     converted = bnfused.convert(model)
+    x = images().float()
     with torch.autocast("cpu", torch.bfloat16):
-        y, wanted = converted(images().float()), model(images().float())
-    assert y.dtype == wanted.dtype
+        y, wanted = converted(x), model(x)
+    # A rounding of bfloat16 is 1/256 of a value up to 5, and some ten of them meet; a residual that is lost is about 1.
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0.2)
 
 
 # --------------------------------------------------------------------------------------- copies and compilers

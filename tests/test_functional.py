@@ -101,7 +101,7 @@ def test_residual_in_another_layout(backend, layout, other):
 def test_channel_counts(backend, channels, layout, mode):
     """Every channel is computed, whatever the count.
 
-    Trap: a grid rounded down to a power of two leaves the last of 65, 96, 192 or 320 channels uninitialised.
+    Trap: a grid rounded down to a power of two leaves the last of 65, 96 or 320 channels uninitialised.
     """
     few = channels > 1000
     shape = (5, channels) if layout == "rows" else (2 if few else 3, channels, 3, 1 if few else 3)
@@ -187,9 +187,8 @@ def test_row_counts_around_blocks(backend, rows, channels):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_tall(backend, layout, threads):
     """Twenty thousand rows of three channels, as features of points are."""
-    p = cases.make((20_000, 3), zero_stats=True)
-    if layout == "channels_last":
-        p = cases.make((4, 3, 5000), layout=layout, zero_stats=True)
+    shape = (20_000, 3) if layout == "contiguous" else (4, 3, 5000)
+    p = cases.make(shape, layout=layout, zero_stats=True)
     checks.check_against_oracle(backend.batch_norm, p)
 
 
@@ -200,11 +199,8 @@ def test_tall(backend, layout, threads):
 )
 def test_large_enough_for_threads(backend, shape, layout, mode, threads):
     """Tensors that are split over threads by channel, by row, and within one channel."""
-    p = (
-        cases.make(shape, layout=layout, residual=True, activation="relu", zero_stats=True, **MODES[mode])
-        if mode == "train"
-        else cases.make(shape, layout=layout, residual=True, activation="relu", **MODES[mode])
-    )
+    zero_stats = mode == "train"
+    p = cases.make(shape, layout=layout, residual=True, activation="relu", zero_stats=zero_stats, **MODES[mode])
     checks.check_against_oracle(backend.batch_norm, p)
 
 
@@ -401,10 +397,11 @@ def test_residual_may_be_the_input(backend, mode):
     x = p.x.detach().requires_grad_()
     y = checks.call(backend.batch_norm, p, x=x, residual=x)
     (grad,) = torch.autograd.grad(y, x, p.grad_y)
-    truth = oracle.expected(p.but(residual=p.x)).values
-    wanted = truth["grad_x"] + truth["grad_residual"]
-    checks.assert_within("y", y, truth["y"], cases.limit(truth["y"], 5.0, torch.float32))
-    checks.assert_within("grad", grad, wanted, cases.limit(wanted, 5.0, torch.float32))
+    truth = oracle.expected(p.but(residual=p.x))
+    wanted = truth.values["grad_x"] + truth.values["grad_residual"]
+    scale = truth.scales["grad_x"] + truth.scales["grad_residual"]
+    checks.assert_within("y", y, truth.values["y"], cases.limit(truth.values["y"], truth.scales["y"], torch.float32))
+    checks.assert_within("grad", grad, wanted, cases.limit(wanted, scale, torch.float32))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -607,8 +604,9 @@ def test_in_place_change_between_forward_and_backward(backend, overwritten):
         assert "modified by an inplace operation" in str(error)
         assert overwritten == "x" or backend.name == "reference"
     else:
-        wanted = oracle.expected(p).values["grad_x"]
-        checks.assert_within("grad_x", grad, wanted, cases.limit(wanted, 3.0, torch.float32))
+        truth = oracle.expected(p)
+        limits = cases.limit(truth.values["grad_x"], truth.scales["grad_x"], torch.float32)
+        checks.assert_within("grad_x", grad, truth.values["grad_x"], limits)
 
 
 def test_running_statistics_change_between_frozen_forward_and_backward(backend):
@@ -618,13 +616,14 @@ def test_running_statistics_change_between_frozen_forward_and_backward(backend):
     x = p.x.detach().requires_grad_()
     y = checks.call(backend.batch_norm, p, x=x, running_mean=mean, running_var=var)
     backend.batch_norm(3 * p.x, mean, var, training=True, momentum=0.9)
-    wanted = oracle.expected(p).values["grad_x"]
+    truth = oracle.expected(p)
     try:
         (grad,) = torch.autograd.grad(y, x, p.grad_y)
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)
     else:
-        checks.assert_within("grad_x", grad, wanted, cases.limit(wanted, 3.0, torch.float32))
+        limits = cases.limit(truth.values["grad_x"], truth.scales["grad_x"], torch.float32)
+        checks.assert_within("grad_x", grad, truth.values["grad_x"], limits)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -753,6 +752,8 @@ def test_more_than_2_to_the_31_elements(backend, layout, request):
     var = (value - mean).square() / rows + mean.square() * (rows - 1) / rows
     invstd = (var + 1e-5).rsqrt()
     wanted = (value - mean) * invstd
+    # Rounding to bfloat16 is off by 1/512 of a value at most, and float32 is good to 5e-6 (cases.py): with room, since
+    # an offset that wrapped leaves all of a value out.
     tail = (y[0, :, -1] if layout == "contiguous" else y[-1]).double()
     assert ((tail - wanted).abs() <= wanted.abs() / 128).all()
     head = (y[0, :, 0] if layout == "contiguous" else y[0]).double()
