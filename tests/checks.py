@@ -263,7 +263,6 @@ def tie_problem(activation: str | None, dtype: torch.dtype, *, residual: bool, p
     stats = cases.parameter_dtype(dtype)
     x, rest = z, None
     if residual:
-        # Halves are exact (the far neighbours of 0 aside), so x + residual is z again.
         x = rest = z / 2  # exact, so that x + residual is z again
     return Problem(
         x=x,

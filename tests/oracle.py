@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -120,15 +120,6 @@ def _double(tensor: Tensor | None) -> Tensor | None:
 def finite_max(values: Tensor) -> float:
     finite = values[values.isfinite()]
     return 0.0 if finite.numel() == 0 else float(finite.abs().max())
-
-
-def _arguments(problem: Problem) -> dict[str, Any]:
-    return {
-        "training": problem.training,
-        "eps": problem.eps,
-        "activation": problem.activation,
-        "activation_param": problem.activation_param,
-    }
 
 
 def before_activation(problem: Problem) -> Tensor:

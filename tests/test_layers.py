@@ -79,7 +79,7 @@ def part_of(path: str) -> str | None:
     if not p.parts or p.parts[0] != "csrc":
         return None
     if len(p.parts) == 2:
-        return "bridge" if p.name in ("batch_norm.h", "plan.h", "plan.cpp") else None
+        return "bridge" if p.name in ("batch_norm.h", "plan.h") else None
     if p.name == "platform.cuh":
         return "platform"
     return p.parts[1] if p.parts[1] in CPP else None
@@ -190,10 +190,10 @@ def test_instructions_only_in_platform():
         ("csrc/cpu/driver.h", '#include "cuda/dispatch.h"'),
         ("csrc/batch_norm.h", '#include "cpu/driver.h"'),
         ("csrc/batch_norm.h", "#include <ATen/core/Tensor.h>"),
-        ("csrc/kernels/welford.cuh", '#include "cuda/dispatch.h"'),
-        ("csrc/kernels/welford.cuh", "#include <cuda_fp16.h>"),
-        ("csrc/kernels/welford.cuh", "  #  include <c10/util/Half.h>"),
-        ("csrc/kernels/welford.cuh", "#include <cuda_runtime_api.h>"),
+        ("csrc/kernels/layout.cuh", '#include "cuda/dispatch.h"'),
+        ("csrc/kernels/layout.cuh", "#include <cuda_fp16.h>"),
+        ("csrc/kernels/layout.cuh", "  #  include <c10/util/Half.h>"),
+        ("csrc/kernels/layout.cuh", "#include <cuda_runtime_api.h>"),
         ("csrc/ops/cpu.cpp", "#include <cuda_runtime_api.h>"),
         ("csrc/cuda/batch_norm_train.cu", "#include <ATen/ATen.h>"),
         ("csrc/cuda/batch_norm_train.cu", '#include "../ops/ops.h"'),
@@ -243,8 +243,8 @@ def test_a_back_import_is_found(module, line):
         ("csrc/ops/cpu.cpp", '#include "ops/ops.h"'),
         ("csrc/ops/module.cpp", "#include <pybind11/pybind11.h>"),
         ("csrc/ops/python.h", "#include <Python.h>"),
-        ("csrc/kernels/welford.cuh", '#include "platform.cuh"'),
-        ("csrc/kernels/welford.cuh", '#include "batch_norm.h"'),
+        ("csrc/kernels/layout.cuh", '#include "platform.cuh"'),
+        ("csrc/kernels/layout.cuh", '#include "batch_norm.h"'),
         ("csrc/ops/cuda.cpp", "#include <cuda_runtime_api.h>"),
     ],
 )

@@ -46,9 +46,7 @@ NAMES = {"_Z4wideIfEvPK1PIT_EPS2_i": "wide<float>"}
 def test_parse() -> None:
     """Every number of its own kernel, generic accesses with the global ones, and none of shared or local memory."""
     wide, spilled = machine_code.parse("sm_75", RESOURCES, LISTING.splitlines(), NAMES)
-    assert wide == Kernel(
-        "wide<float>", "sm_75", 14, 0, 64, 9, loads=2, wide_loads=1, stores=2, wide_stores=2, copies=1, cluster_waits=1
-    )
+    assert wide == Kernel("wide<float>", "sm_75", 14, 0, 64, 9, wide_loads=1, wide_stores=2, copies=1, cluster_waits=1)
     assert spilled == Kernel(
         "_Z7spilledPf",
         "sm_75",
@@ -56,9 +54,7 @@ def test_parse() -> None:
         264,
         0,
         1,
-        loads=0,
         wide_loads=0,
-        stores=1,
         wide_stores=0,
         copies=0,
         cluster_waits=0,
@@ -106,9 +102,7 @@ GOOD = Kernel(
     0,
     3136,
     900,
-    2,
     wide_loads=2,
-    stores=1,
     wide_stores=1,
     copies=0,
     cluster_waits=0,

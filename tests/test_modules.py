@@ -391,19 +391,6 @@ def test_copies(kind, how):
     assert int(twin.num_batches_tracked) == int(ours.num_batches_tracked) + 1
 
 
-def test_whole_module_loads_weights_only():
-    """With the class allow-listed nothing else is needed: no code, no extra state in the pickle."""
-    ours, _, shape = twins("2d")
-    buffer = io.BytesIO()
-    torch.save(ours, buffer)
-    buffer.seek(0)
-    allowed = [bnfused.BatchNorm2d, nn.BatchNorm2d, torch._C._nn.gelu]
-    needed = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
-    unexpected = [name for name in needed if not name.startswith(("bnfused.modules.", "torch."))]
-    assert not unexpected
-    assert allowed[0].__module__ == "bnfused.modules"
-
-
 def test_convert_sync_batchnorm_sees_a_batch_norm():
     """torch's own conversion takes ours for the batch norm it is, and loses nothing by it."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), bnfused.BatchNorm2d(4, eps=1e-3))

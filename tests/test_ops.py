@@ -90,19 +90,7 @@ def eval_args(p, activation=NO_ACTIVATION):
 def backward_args(p, activation=NO_ACTIVATION, output_mask=ALL):
     """The arguments that a training forward leads to."""
     _, mean, invstd, mask = op("batch_norm_train")(*train_args(p, activation))
-    return (
-        p.grad_y,
-        p.x,
-        p.weight,
-        p.bias,
-        p.residual,
-        mean,
-        invstd,
-        mask,
-        *activation,
-        True,
-        output_mask,
-    )
+    return (p.grad_y, p.x, p.weight, p.bias, p.residual, mean, invstd, mask, *activation, True, output_mask)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -171,11 +159,7 @@ def test_fake_kernels_agree_on_shapes_and_strides(rank, layout):
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for shape in (
-        cases.RANKS[rank],
-        (2, 1, *cases.RANKS[rank][2:]),
-        (1, 9, *cases.RANKS[rank][2:]),
-    ):
+    for shape in (cases.RANKS[rank], (2, 1, *cases.RANKS[rank][2:]), (1, 9, *cases.RANKS[rank][2:])):
         if rank == 2 and shape[0] == 1:
             continue
         p = cases.make(shape, layout=layout, residual=True)
@@ -238,11 +222,7 @@ def _replaced(args, index, value):
 
 BACKWARD_REFUSED = {
     "grad_y of another shape": (0, lambda p, t: t[:1], r"grad_y.*\[4, 3, 5\].*\[1, 3, 5\]"),
-    "grad_y of another dtype": (
-        0,
-        lambda p, t: t.double(),
-        r"grad_y.*(?i:float).*(?i:double|float64)",
-    ),
+    "grad_y of another dtype": (0, lambda p, t: t.double(), r"grad_y.*(?i:float).*(?i:double|float64)"),
     "weight too short": (2, lambda p, t: t[:2], r"weight.*\[3\].*\[2\]"),
     "residual too small": (4, lambda p, t: t[:1], r"residual.*\[4, 3, 5\].*\[1, 3, 5\]"),
     "mean too short": (5, lambda p, t: t[:2], r"mean.*\[3\].*\[2\]"),
@@ -275,11 +255,7 @@ def test_backward_refuses(what):
 FORWARD_REFUSED = {
     "activation unknown": ({}, (99, 0.0), "activation"),
     "activation negative": ({}, (-1, 0.0), "activation"),
-    "weight too short": (
-        {"weight": torch.ones(2)},
-        NO_ACTIVATION,
-        r"weight of shape \[3\], got \[2\]",
-    ),
+    "weight too short": ({"weight": torch.ones(2)}, NO_ACTIVATION, r"weight of shape \[3\], got \[2\]"),
     "residual elsewhere": (
         {"residual": torch.ones(4, 3, 5, device="meta")},
         NO_ACTIVATION,

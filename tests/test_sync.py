@@ -336,7 +336,7 @@ def test_what_differs_between_ranks_is_named_on_all(four, other, message):
         assert message in outcome.message
 
 
-def step_then(bn_steps: int, dies: bool) -> tuple[list[Tensor], str]:
+def step_then(dies: bool) -> tuple[list[Tensor], str]:
     """On a rank: a step with everybody, then one from which ``dies`` is missing; state and error after it."""
     bn = bnfused.SyncBatchNorm(3)
     x = torch.arange(12.0).view(4, 3)
@@ -356,7 +356,7 @@ def test_a_rank_that_dies_fails_the_others():
     """An error that says what failed where, and running statistics as they were."""
     two = Ranks(2)
     try:
-        survivor, dead = two.outcomes(step_then, [(1, False), (1, True)])
+        survivor, dead = two.outcomes(step_then, [(False,), (True,)])
     finally:
         two.close()
     assert isinstance(dead, Failure)

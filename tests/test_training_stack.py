@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import os
 import pickle
 import subprocess
@@ -397,11 +398,10 @@ def test_assign_loading():
     assert int(state["num_batches_tracked"]) == 1
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last])
-def test_memory_format(memory_format):
+def test_memory_format():
     """module.to(memory_format=...) leaves one-dimensional state alone; the input's format comes out and goes back."""
-    networks = [network.to(memory_format=memory_format) for network in twins()]
-    x = random().to(memory_format=memory_format)
+    networks = [network.to(memory_format=torch.channels_last) for network in twins()]
+    x = random().to(memory_format=torch.channels_last)
     strides = []
     for network in networks:
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
@@ -497,6 +497,8 @@ def full(value):
 def same(a, b, where):
     a, b = ({k: full(v) for k, v in m.state_dict().items()} for m in (a, b))
     assert list(a) == list(b)
+    # float32, of which the steps make ten times as much each: 1e-7 becomes 1e-4. Statistics of the other rank, or none
+    # of the last batch, are off by a tenth and more.
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{where} {name}: {m}")
     return a
@@ -593,8 +595,6 @@ torch.save((y.detach(), x.grad, bn.running_var), sys.argv[2])
 
 def test_weights_only_module():
     """torch.load(weights_only=True) of a whole module, with the class allow-listed as torch's would be."""
-    import io
-
     bn = bnfused.BatchNorm2d(6)
     bn(torch.randn(SHAPE))
     file = io.BytesIO()

@@ -35,8 +35,8 @@ SCHEDULERS, REGISTERS_OF_SCHEDULER, REGISTERS_AT_ONCE, WARP = 4, 16384, 256, 32
 class Kernel:
     """One kernel, compiled for one GPU.
 
-    Loads and stores are those of global memory, as instructions in the listing: the compiler's unrolling multiplies
-    them. ``wide`` ones move 16 bytes.
+    Wide loads and stores move 16 bytes from or to global memory; they are instructions in the listing, which the
+    compiler's unrolling multiplies.
     """
 
     name: str
@@ -45,9 +45,7 @@ class Kernel:
     local_bytes: int
     shared_bytes: int  # static
     instructions: int
-    loads: int
     wide_loads: int
-    stores: int
     wide_stores: int
     copies: int  # from global to shared memory, asynchronous
     cluster_waits: int  # for the other blocks of a cluster
@@ -145,9 +143,7 @@ def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str,
                 local_bytes=int(stack) + int(local),
                 shared_bytes=int(shared),
                 instructions=codes.total(),
-                loads=count("LD"),
                 wide_loads=count("LD", ".128"),
-                stores=count("ST"),
                 wide_stores=count("ST", ".128"),
                 copies=count("LDGSTS"),
                 cluster_waits=codes["UCGABAR_WAIT"],

@@ -17,8 +17,7 @@ from emulator.build import build
 
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 STRATEGIES = {"small": 1, "streaming": 2, "resident": 5}  # csrc/plan.h
-SHARED_PER_SM = 228 * 1024  # sm_90
-_forced: str | None = None  # where settings() name no strategy
+_forced: str | None = None  # where settings name no strategy
 
 
 @dataclass
@@ -55,9 +54,7 @@ def library() -> ctypes.CDLL:
     fake.register("bnfused_emulated")
     lib = ctypes.CDLL(str(path))
     lib.bnfused_emulated_fix_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint]
-    lib.bnfused_emulated_drop.argtypes = [ctypes.c_char_p]
     lib.bnfused_emulated_take_launches.restype = ctypes.c_char_p
-    lib.bnfused_emulated_sites.restype = ctypes.c_char_p
     return lib
 
 
@@ -92,76 +89,51 @@ def take_launches() -> list[Launch]:
     return launches
 
 
-def sites() -> list[str]:
-    """The barriers and fences met so far, as ``layout.cuh:12``."""
-    return library().bnfused_emulated_sites().decode().split()
-
-
 def force(strategy: str | None) -> None:
     """This strategy in every call whose settings name none; None is the planner's choice again."""
     global _forced
     _forced = strategy
-    _apply(None, 1, 4, 4, 90, (SHARED_PER_SM, 0, False), None, "")
+    configure()
 
 
 @contextmanager
-def settings(
+def settings(**changes: Any) -> Iterator[None]:
+    """The emulated device as ``configure(**changes)`` leaves it; the usual one again afterwards."""
+    configure(**changes)
+    try:
+        yield
+    finally:
+        configure()
+
+
+def configure(
     *,
     order: str | None = None,
     seed: int = 1,
     resident_blocks: int = 4,
     sm_count: int = 4,
     compute_capability: int = 90,
-    shared_per_sm: int = SHARED_PER_SM,
+    shared_per_sm: int = 228 * 1024,
     sms_taken: int = 0,
     hopes: bool = False,
     strategy: str | None = None,
-    dropped_site: str = "",
-) -> Iterator[None]:
-    """The emulated device with these settings; the default ones again afterwards.
+) -> None:
+    """The emulated device from here on; without arguments the usual one, of sm_90.
 
     Args:
         order: forward, reverse or random, with ``seed``; None gives each call another schedule.
         resident_blocks: alive at once.
-        shared_per_sm: bytes; what blocks keep on chip has to fit.
         compute_capability: below 90 there are no clusters.
+        shared_per_sm: bytes; what blocks keep on chip has to fit.
         sms_taken: SMs that the planner counts on, and that cooperative launches and clusters do not get.
         hopes: blocks that wait for each other are launched as any others, ``resident_blocks`` at once, in no cluster.
         strategy: small, streaming or resident, where the problem allows it; None is the planner's choice.
-        dropped_site: a barrier or fence that does nothing, one of ``sites()``.
     """
-    _apply(
-        order,
-        seed,
-        resident_blocks,
-        sm_count,
-        compute_capability,
-        (shared_per_sm, sms_taken, hopes),
-        strategy,
-        dropped_site,
-    )
-    try:
-        yield
-    finally:
-        _apply(None, 1, 4, 4, 90, (SHARED_PER_SM, 0, False), None, "")
-
-
-def _apply(
-    order: str | None,
-    seed: int,
-    resident: int,
-    sms: int,
-    capability: int,
-    room: tuple[int, int, bool],
-    strategy: str | None,
-    site: str,
-) -> None:
     lib: Any = library()
     if order is None:
         lib.bnfused_emulated_vary_schedule()
     else:
-        lib.bnfused_emulated_fix_schedule(ORDERS[order], seed, resident)
-    lib.bnfused_emulated_device(sms, capability, *room)
+        lib.bnfused_emulated_fix_schedule(ORDERS[order], seed, resident_blocks)
+    lib.bnfused_emulated_device(sm_count, compute_capability, shared_per_sm, sms_taken, hopes)
     strategy = strategy or _forced
     lib.bnfused_emulated_strategy(STRATEGIES[strategy] if strategy else -1)
-    lib.bnfused_emulated_drop(site.encode())

@@ -307,8 +307,6 @@ void bnfused_emulated_strategy(int strategy) {
   settings.strategy = strategy < 0 ? std::nullopt : std::optional(static_cast<Strategy>(strategy));
 }
 
-void bnfused_emulated_drop(const char* site) { emulator::options.dropped_site = site; }
-
 // Lines: a launch, then its buffers. Empties the record.
 //   launch KERNEL GRID BLOCK DYNAMIC_SHARED STATIC_SHARED CLUSTER
 //   buffer NAME READ_WIDE READ_NARROW WRITTEN_WIDE WRITTEN_NARROW
@@ -329,12 +327,6 @@ const char* bnfused_emulated_take_launches() {
     }
   }
   emulator::clear_launches();
-  return text.c_str();
-}
-
-const char* bnfused_emulated_sites() {
-  text.clear();
-  for (const std::string& site : emulator::sites()) text += site + "\n";
   return text.c_str();
 }
 }
