@@ -38,6 +38,7 @@ CPP_SOURCES = (
     "csrc/cpu/leaves_baseline.cpp",
     "csrc/cpu/leaves_avx2.cpp",
     "csrc/cpu/leaves_avx512.cpp",
+    "csrc/cpu/leaves_avx512_bf16.cpp",
 )
 # nvcc sees no header of torch: one costs it 100 s and 3 GB a file. What needs both is C++ over the runtime's C API.
 CUDA_SOURCES = (

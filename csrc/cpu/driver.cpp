@@ -15,7 +15,7 @@ Capability capability() {
 #if defined(BNFUSED_X86_DISPATCH)
     const std::string torchs = at::get_cpu_capability();
     if (torchs == "AVX512" && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return Capability::kAvx512;
+      return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
     }
     if (torchs == "AVX512" || torchs == "AVX2") return Capability::kAvx2;
 #endif
@@ -26,6 +26,8 @@ Capability capability() {
 
 const char* capability_name() {
   switch (capability()) {
+    case Capability::kAvx512Bf16:
+      return "AVX512_BF16";
     case Capability::kAvx512:
       return "AVX512";
     case Capability::kAvx2:

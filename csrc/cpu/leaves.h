@@ -119,8 +119,7 @@ constexpr double kLowestSquares = double(std::numeric_limits<A>::min()) * 1e8;
 template <class A>
 constexpr double kHighestSquares = double(std::numeric_limits<A>::max()) * 1e-1;
 
-// Each instruction set's own table; leaves_avx2.cpp and leaves_avx512.cpp are empty where the compiler cannot build
-// them.
+// Each instruction set's own table; leaves_avx*.cpp are empty where the compiler cannot build them.
 namespace baseline {
 template <class T>
 const Leaves<T>* leaves();
@@ -133,28 +132,38 @@ namespace avx512 {
 template <class T>
 const Leaves<T>* leaves();
 }
+namespace avx512_bf16 {
+template <class T>
+const Leaves<T>* leaves();  // of BFloat16 alone
+}
 
 // `#pragma GCC target` and the intrinsics under it: gcc on x86-64. Other compilers get the baseline.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define BNFUSED_X86_DISPATCH 1
 #endif
 
-enum class Capability { kBaseline, kAvx2, kAvx512 };
+enum class Capability { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best instruction set that this machine has and this build knows; ATEN_CPU_CAPABILITY lowers it, as torch's own.
 Capability capability();
 const char* capability_name();
 
 template <class T>
-const Leaves<T>& best_leaves() {
+const Leaves<T>* leaves_of(Capability capability) {
 #if defined(BNFUSED_X86_DISPATCH)
-  static const Leaves<T>* const table = capability() == Capability::kAvx512 ? avx512::leaves<T>()
-                                        : capability() == Capability::kAvx2 ? avx2::leaves<T>()
-                                                                            : baseline::leaves<T>();
-  return *table;
-#else
-  return *baseline::leaves<T>();
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (capability == Capability::kAvx512Bf16) return avx512_bf16::leaves<T>();
+  }
+  if (capability >= Capability::kAvx512) return avx512::leaves<T>();
+  if (capability == Capability::kAvx2) return avx2::leaves<T>();
 #endif
+  return baseline::leaves<T>();
+}
+
+template <class T>
+const Leaves<T>& best_leaves() {
+  static const Leaves<T>* const table = leaves_of<T>(capability());
+  return *table;
 }
 
 }  // namespace bnfused::cpu

@@ -36,19 +36,19 @@ BNFUSED_INLINE Vec<Accumulate<T>> load_lanes(const T* p, int lanes, Vec<Accumula
   return load_first(p, lanes, fill);
 }
 
-template <bool kStream, class T>
-BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, int64_t ahead,
+template <bool kStream, class T, class Round>
+BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, int64_t ahead, Round& round,
                                 std::integral_constant<int, kLanes<Accumulate<T>>>) {
   if constexpr (kStream) {
-    stream(p, a);
+    stream(p, a, round);
   } else {
     if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 1, 2);
-    store(p, a);
+    store(p, a, round);
   }
 }
-template <bool kStream, class T>
-BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, int64_t, int lanes) {
-  store_first(p, a, lanes);
+template <bool kStream, class T, class Round>
+BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, int64_t, Round& round, int lanes) {
+  store_first(p, a, lanes, round);
 }
 
 template <class A>
@@ -108,10 +108,23 @@ BNFUSED_INLINE void for_each_group(int64_t runs, F f) {
   }
 }
 
+// Calls write(round), and again where what it wrote was rounded hastily and wrong. Activations take far longer than
+// rounding, and are seldom done twice: their tails are full of subnormal numbers.
+template <class T, bool kMayBeHasty, class Write>
+BNFUSED_INLINE void rounding(Write write) {
+  if constexpr (kMayBeHasty && !Hasty<T>::kAlwaysRight) {
+    Hasty<T> round;
+    write(round);
+    if (!round.was_wrong()) return;
+  }
+  Exact round;
+  write(round);
+}
+
 // ---- forward
 
-template <class T, Layout kLayout, bool kStream, Forward kKind>
-void apply(const ApplyArgs<T>& args_in) {
+template <class T, Layout kLayout, bool kStream, Forward kKind, class Round>
+BNFUSED_INLINE void apply_with(const ApplyArgs<T>& args_in, Round& round) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const ApplyArgs<T> args = args_in;
@@ -139,11 +152,17 @@ void apply(const ApplyArgs<T>& args_in) {
           z = relu(z);
         }
         if constexpr (kKind == Forward::kOther) z = value(args.epilogue, z);
-        store_lanes<kStream>(args.y + at, z, args.store_ahead, lanes);
+        store_lanes<kStream>(args.y + at, z, args.store_ahead, round, lanes);
       }
     });
   });
   if constexpr (kStream) stream_fence();
+}
+
+template <class T, Layout kLayout, bool kStream, Forward kKind>
+void apply(const ApplyArgs<T>& args) {
+  rounding<T, kKind != Forward::kOther>(
+      [&](auto& round) BNFUSED_INLINE_LAMBDA { apply_with<T, kLayout, kStream, kKind>(args, round); });
 }
 
 // ---- sums over all values of a slab, or over the rows of each column
@@ -360,6 +379,7 @@ void merge_columns(const A* shift, const double* sums, const double* squares, do
   using V = Vec<double>;
   const double share = count / (before + count);
   const V inverse(1 / count), of_mean(share), of_square(before * share), zero(0.0);
+  Exact exact;
   // The arrays are padded for reading; past `columns` a short last row must leave them as they are.
   for_each_vector<double>(columns, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
     V k;
@@ -369,8 +389,8 @@ void merge_columns(const A* shift, const double* sums, const double* squares, do
     const V own = load(squares + i) - s * offset;
     const V delta = (k + offset) - m;
     const V merged = load(m2 + i) + select<double>(own <= zero, zero, own) + delta * delta * of_square;
-    store_lanes<false>(mean + i, m + delta * of_mean, 0, lanes);
-    store_lanes<false>(m2 + i, merged, 0, lanes);
+    store_lanes<false>(mean + i, m + delta * of_mean, 0, exact, lanes);
+    store_lanes<false>(m2 + i, merged, 0, exact, lanes);
   });
 }
 
@@ -408,14 +428,17 @@ void spread(const A* of_channel, int64_t step, int64_t channels, int64_t inner, 
 
 // ---- backward
 
-// g = grad_y * act'(z) for the vector at (run, i), and d = x - mean.
-template <class T, Backward kKind, class C>
+// g = grad_y * act'(z) for the vector at (run, i), and d = x - mean, or 0 where neither this nor the caller needs it.
+template <class T, Backward kKind, bool kWithD, class C>
 BNFUSED_INLINE Pair<Accumulate<T>> gated(const GradArgs<T>& args, const C& c, int64_t run, int64_t i, auto lanes) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const int64_t at = run * args.runs.stride + i;
-  const V mean = c[kMean];
-  const V d = load_lanes(args.x + at, lanes, mean) - mean;
+  V d(A(0));
+  if constexpr (kWithD || kKind == Backward::kReLU || kKind == Backward::kOther) {
+    const V mean = c[kMean];
+    d = load_lanes(args.x + at, lanes, mean) - mean;
+  }
   V g = unfolded(load_lanes(args.grad_y + at, lanes, V(A(0))));
   if constexpr (kKind == Backward::kReLU) {
     const V z = fma(d, c[kScale], c[kShift]);
@@ -437,7 +460,7 @@ Sums plane_grad_sums(const GradArgs<T>& args_in) {
   const GradArgs<T> args = args_in;
   const Broadcast<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
   return sum_all<A>(args.runs, [&](int64_t run, int64_t i, auto lanes)
-                                   BNFUSED_INLINE_LAMBDA { return gated<T, kKind>(args, c, run, i, lanes); });
+                                   BNFUSED_INLINE_LAMBDA { return gated<T, kKind, true>(args, c, run, i, lanes); });
 }
 
 template <class T, Source kSource, Backward kKind>
@@ -451,13 +474,13 @@ void row_grad_sums(const GradArgs<T>& args_in, double* sums, double* products) {
         const int64_t at = run * args.runs.stride + i;
         fetch_ahead<kSource, 2>(args.x + at, args.runs.length);
         fetch_ahead<kSource, 2>(args.grad_y + at, args.runs.length);
-        return gated<T, kKind>(args, c.at(i), run, i, lanes);
+        return gated<T, kKind, true>(args, c.at(i), run, i, lanes);
       },
       sums, products);
 }
 
-template <class T, Layout kLayout, bool kStream, Backward kKind>
-void grad_apply(const GradArgs<T>& args_in) {
+template <class T, Layout kLayout, bool kStream, Backward kKind, bool kTraining, class Round>
+BNFUSED_INLINE void grad_apply_with(const GradArgs<T>& args_in, Round& round) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const GradArgs<T> args = args_in;
@@ -475,17 +498,28 @@ void grad_apply(const GradArgs<T>& args_in) {
           __builtin_prefetch(args.x + at + args.prefetch, 0, 2);
           __builtin_prefetch(args.grad_y + at + args.prefetch, 0, 2);
         }
-        const Pair<A> t = gated<T, kKind>(args, c, run + r, i, lanes);
-        if (args.grad_residual) store_lanes<kStream>(args.grad_residual + at, t.u, args.store_ahead, lanes);
+        const Pair<A> t = gated<T, kKind, kTraining>(args, c, run + r, i, lanes);
+        if (args.grad_residual) store_lanes<kStream>(args.grad_residual + at, t.u, args.store_ahead, round, lanes);
         if (args.grad_x) {
-          const V through_statistics = args.training ? fma(t.v, c[kSlope], c[kOffset]) : V(A(0));
+          const V through_statistics = kTraining ? fma(t.v, c[kSlope], c[kOffset]) : V(A(0));
           const V grad_x = fma(t.u, c[kScale], through_statistics);
-          store_lanes<kStream>(args.grad_x + at, grad_x, args.store_ahead, lanes);
+          store_lanes<kStream>(args.grad_x + at, grad_x, args.store_ahead, round, lanes);
         }
       }
     });
   });
   if constexpr (kStream) stream_fence();
+}
+
+template <class T, Layout kLayout, bool kStream, Backward kKind>
+void grad_apply(const GradArgs<T>& args) {
+  rounding<T, kKind != Backward::kOther>([&](auto& round) BNFUSED_INLINE_LAMBDA {
+    if (args.training) {
+      grad_apply_with<T, kLayout, kStream, kKind, true>(args, round);
+    } else {
+      grad_apply_with<T, kLayout, kStream, kKind, false>(args, round);
+    }
+  });
 }
 
 template <class T>
@@ -529,7 +563,9 @@ template <class T>
 const Leaves<T>* leaves() {
   return &kLeaves<T>;
 }
-template const Leaves<Float16>* leaves<Float16>();
 template const Leaves<BFloat16>* leaves<BFloat16>();
+#if !defined(BNFUSED_AVX512_BF16)  // the others are as without
+template const Leaves<Float16>* leaves<Float16>();
 template const Leaves<float>* leaves<float>();
 template const Leaves<double>* leaves<double>();
+#endif
