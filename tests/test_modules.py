@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -31,7 +32,8 @@ OPTIONS = {
     "eps and momentum": {"eps": 1e-3, "momentum": 0.4},
     "cumulative": {"momentum": None},
     "not affine": {"affine": False},
-    "no bias": {"bias": False},
+    # An argument that torch 2.11 does not have.
+    **({"no bias": {"bias": False}} if "bias" in inspect.signature(nn.BatchNorm2d).parameters else {}),
     "no statistics": {"track_running_stats": False},
     "no statistics, cumulative": {"track_running_stats": False, "momentum": None},
     "neither": {"affine": False, "track_running_stats": False},

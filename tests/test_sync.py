@@ -44,8 +44,9 @@ def module_of(p: Problem, group) -> bnfused.SyncBatchNorm:
     bn = bnfused.SyncBatchNorm(
         *(p.x.shape[1], p.eps, p.momentum, affine, p.running_mean is not None, group),
         dtype=cases.parameter_dtype(p.x.dtype),
-        **({"bias": p.bias is not None} if affine and p.bias is None else {}),
     )
+    if p.bias is None:
+        bn.register_parameter("bias", None)  # torch 2.11 has no argument that says so
     state = {n: getattr(p, n) for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
     bn.load_state_dict({n: t for n, t in state.items() if t is not None and getattr(bn, n) is not None})
     return bn
