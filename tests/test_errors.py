@@ -42,7 +42,7 @@ REFUSED = {
         r"running_var.*(?i:float).*(?i:int64|long)",
     ),
     "bias is a number": (lambda p: {"bias": 1.0}, TENSOR_ERRORS, r"bias.*float"),
-    "weight elsewhere": (lambda p: {"weight": p.weight.to("meta")}, TENSOR_ERRORS, r"weight.*cpu.*meta"),
+    "weight elsewhere": (lambda p: {"weight": p.weight.to("meta")}, TENSOR_ERRORS, r"weight on (cpu|cuda:0), got meta"),
     "residual that would broadcast": (
         lambda p: {"residual": p.residual[:1]},
         RuntimeError,
