@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import results_folder
+from benchmarks.report import folder_of_device
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def parse_threads(text: str) -> list[int]:
@@ -44,9 +46,13 @@ def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="write a plot here")
     parser.add_argument(
         "--keep",
-        action="store_true",
-        help=f"write both to benchmarks/results/<device>/{name}.json and .png",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="FOLDER",
+        help=f"write both to FOLDER/<device>/{name}.json and .png (without FOLDER: benchmarks/results)",
     )
+    parser.add_argument("--commit", help="what the files say of the code where this is no git checkout")
 
 
 def check_output_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -62,9 +68,10 @@ def check_output_arguments(parser: argparse.ArgumentParser, options: argparse.Na
 def set_output_files(options: argparse.Namespace, environment: Mapping[str, object], name: str) -> None:
     """--keep, for what --json and --picture do not say."""
     if options.keep:
-        options.json = options.json or results_folder(environment) / f"{name}.json"
+        folder = folder_of_device(options.keep, environment)
+        options.json = options.json or folder / f"{name}.json"
         if importlib.util.find_spec("matplotlib") is not None:
-            options.picture = options.picture or results_folder(environment) / f"{name}.png"
+            options.picture = options.picture or folder / f"{name}.png"
 
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def plan_measurements(
 ) -> list[Measurement]:
     """All eager measurements, then those with torch.compile, one mode and fusion each: compiling takes seconds.
 
+    There is not time for all of these on a GPU: a dtype has all of its layers in one mode, then in the next.
+
     ``every``: not only the configurations that are marked for torch.compile are compiled.
     """
     work = []
@@ -123,6 +125,9 @@ def plan_measurements(
                     some = [cell for cell in cells if cell.fusion == fusion and cell.pass_name in COMPILED_PASSES]
                     if some:
                         compiled.append(Measurement(configuration, tuple(some), (name,)))
+    dtypes = [configuration.dtype for configuration in configurations]
+    modes = list(COMPILE_MODES)
+    compiled.sort(key=lambda what: (dtypes.index(what.configuration.dtype), modes.index(what.peers[0])))
     return work + compiled
 
 
@@ -371,7 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     clock_names = {str(count): clock.description for count, clock in clocks.items()}
-    run: Run[CellResult] = Run(describe_environment(options.device), plain(options) | {"clocks": clock_names})
+    run: Run[CellResult] = Run(
+        describe_environment(options.device, options.commit), plain(options) | {"clocks": clock_names}
+    )
     set_output_files(options, run.environment, "bench")
     print_environment(console, run.environment)
     for count, clock in clocks.items():

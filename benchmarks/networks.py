@@ -270,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     memory = MEMORY[options.device.type]
     run: Run[NetworkResult] = Run(
-        describe_environment(options.device), plain(options) | {"clock": clock.description, "memory": memory}
+        describe_environment(options.device, options.commit),
+        plain(options) | {"clock": clock.description, "memory": memory},
     )
     set_output_files(options, run.environment, "networks")
     print_environment(console, run.environment)

@@ -53,6 +53,8 @@ class Tensors:
         self.statistics = {
             name: (torch.zeros(channels, device=device), torch.ones(channels, device=device)) for name in (OURS, *PEERS)
         }
+        # What torch.compile has made for them, by peer, mode and fusion: every pass that it is timed in runs the same.
+        self.compiled: dict[tuple[str, bool, str], Callable[..., Tensor]] = {}
 
     def inputs(self, fusion: str) -> list[Tensor]:
         """What the forward reads and has a gradient."""
@@ -122,8 +124,10 @@ def compiled(name: str, tensors: Tensors, training: bool, fusion: str) -> Callab
             y = y + residual
         return y if fusion == "plain" else F.relu(y)
 
-    run = torch.compile(forward, fullgraph=True, dynamic=False, mode=COMPILE_MODES[name])
-    return lambda: run(tensors.x, tensors.residual, tensors.weight, tensors.bias)
+    key = name, training, fusion
+    if key not in tensors.compiled:
+        tensors.compiled[key] = torch.compile(forward, fullgraph=True, dynamic=False, mode=COMPILE_MODES[name])
+    return lambda: tensors.compiled[key](tensors.x, tensors.residual, tensors.weight, tensors.bias)
 
 
 def forward_function(name: str, tensors: Tensors, training: bool, fusion: str) -> Callable[[], Tensor]:

@@ -207,7 +207,8 @@ def cpu_name() -> str:
 def commit() -> str | None:
     """The checkout's commit, with ``+`` if files differ from it; None outside a git checkout."""
     root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root)]
+    # Also where the files are another user's, as in a container: this file is one of them.
+    git = ["git", "-C", str(root), "-c", f"safe.directory={root}"]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
@@ -225,8 +226,11 @@ def huge_pages() -> str | None:
         return None
 
 
-def describe_environment(device: torch.device | None = None) -> dict[str, Any]:
-    """What a reader needs to judge numbers: versions, machine, commit, date; of ``device`` too if it is a GPU."""
+def describe_environment(device: torch.device | None = None, named_commit: str | None = None) -> dict[str, Any]:
+    """What a reader needs to judge numbers: versions, machine, commit, date; of ``device`` too if it is a GPU.
+
+    ``named_commit`` stands in for that of a copy that git knows nothing of.
+    """
     environment: dict[str, Any] = {
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -238,7 +242,7 @@ def describe_environment(device: torch.device | None = None) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "huge_pages": huge_pages(),
-        "commit": commit(),
+        "commit": commit() or named_commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": cpu_name(),
     }
@@ -265,10 +269,9 @@ def driver() -> str | None:
         return None
 
 
-def results_folder(environment: Mapping[str, Any]) -> Path:
-    """Where results of this device are kept in the checkout."""
-    slug = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
-    return Path(__file__).resolve().parent / "results" / slug
+def folder_of_device(results: Path, environment: Mapping[str, Any]) -> Path:
+    """Where results of this device are kept in a folder of results."""
+    return results / re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
 
 
 def backend_line() -> str:

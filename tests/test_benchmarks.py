@@ -423,6 +423,22 @@ def test_kept_results_lie_in_a_folder_of_the_device():
     arguments.set_output_files(options, {"device": "NVIDIA H100 80GB HBM3"}, "bench")
     folder = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
     assert (options.json, options.picture) == (Path("mine.json"), folder / "bench.png")
+    options = bench.parse_arguments(["--keep", "elsewhere"])
+    arguments.set_output_files(options, {"device": "NVIDIA H100 80GB HBM3"}, "bench")
+    assert options.json == Path("elsewhere/nvidia-h100-80gb-hbm3/bench.json")
+
+
+def test_the_commit_where_git_is_wary(monkeypatch):
+    """Of a checkout that is another user's it tells nothing unless asked to."""
+    wanted = report.commit()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert report.commit() == wanted
+
+
+def test_the_commit_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert report.commit() is None
+    assert report.describe_environment(named_commit="abc")["commit"] == "abc"
 
 
 def test_a_run_without_results_is_read_too(tmp_path):
@@ -1023,7 +1039,8 @@ def test_compiled_peers_run_the_unfused_forward(extension, tmp_path, monkeypatch
     monkeypatch.setattr(torch, "compile", stand_in)
     status, found = bench_run(tmp_path, "--filter", "^MLP .* NC float32")
     assert status == 0
-    assert set(modes) == set(peers.COMPILE_MODES.values())
+    # Once for each fusion of the one tensor, whatever is done with it.
+    assert Counter(modes) == dict.fromkeys(peers.COMPILE_MODES.values(), len(cases.FUSIONS))
     assert {(r.pass_name, r.fusion) for r in found.results} == {
         (pass_name, fusion) for pass_name in ("forward", "forward+backward") for fusion in cases.FUSIONS
     }
@@ -1031,20 +1048,23 @@ def test_compiled_peers_run_the_unfused_forward(extension, tmp_path, monkeypatch
 
 
 def test_what_is_compiled_comes_after_all_that_is_not():
-    """cuDNN and torch share a measurement, each compile has its own, and no backward of a kept graph."""
+    """cuDNN and torch share a measurement, each compile has its own, and no backward of a kept graph; the first dtype
+    comes first, in one mode and then in the other."""
     some = [
-        Configuration(
-            (2, 4), "NC", "float32", cases.TINY, ("forward", "backward"), ("plain", "relu"), compiled=compiled
-        )
-        for compiled in (True, False)
+        Configuration((size, 4), "NC", dtype, cases.TINY, ("forward", "backward"), ("plain", "relu"), compiled=compiled)
+        for dtype in ("float32", "bfloat16")
+        for size, compiled in ((2, True), (3, False), (4, True))
     ]
     work = bench.plan_measurements(some, [1, 2], "", peers.PEERS, every=False)
-    assert [what.peers for what in work] == [("torch", "cuDNN")] * 4 + [("compile",)] * 2 + [("max-autotune",)] * 2 + [
-        ("compile",)
-    ] * 2 + [("max-autotune",)] * 2
+    assert [what.peers for what in work[:12]] == [("torch", "cuDNN")] * 12
     assert [what.threads for what in work[:4]] == [1, 2, 1, 2]
-    assert all(cell.pass_name == "forward" for what in work[4:] for cell in what.cells)
-    everything = bench.plan_measurements(some, [1], "", ("compile",), every=True)
+    compiled = work[12:]
+    modes = [("compile",)] * 8 + [("max-autotune",)] * 8
+    assert [what.peers for what in compiled] == modes * 2
+    assert [what.configuration.dtype for what in compiled] == ["float32"] * 16 + ["bfloat16"] * 16
+    assert [what.configuration.shape[0] for what in compiled] == ([2] * 4 + [4] * 4) * 4
+    assert all(cell.pass_name == "forward" for what in compiled for cell in what.cells)
+    everything = bench.plan_measurements(some[:2], [1], "", ("compile",), every=True)
     assert [what.configuration.compiled for what in everything] == [True, True, False, False]
 
 
