@@ -102,9 +102,10 @@ cuda-check cuda-check-all: $(VENV)/.tools
 cuda-build: $(VENV)/.tools
 	@PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH" $(PY) tests/cuda_build/link.py $(ARGS)
 
-# With the Python that has the GPU's torch, as it is: nothing is installed. PARTS="build tests" for some of it.
+# With the Python that has the GPU's torch, as it is: nothing is installed. PARTS="build tests" for some of it;
+# RESULTS=folder and COMMIT=name, which go there by themselves, for what it writes.
 gpu:
-	@PYTHON='$(PYTHON)' PARTS='$(PARTS)' .ci/gpu $(ARGS)
+	@PYTHON='$(PYTHON)' PARTS='$(PARTS)' bash .ci/gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
