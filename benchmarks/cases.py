@@ -354,6 +354,8 @@ TARGETS: dict[tuple[str, str, str], tuple[Target, Target]] = {
 
 
 def target(group: tuple[str, str, str], threads: int) -> Target:
-    """The target of a group; an empty one where none was set."""
+    """The target of a group; an empty one where none was set, as for a GPU, where ``threads`` is 0."""
+    if threads == 0:
+        return Target()
     one, every = TARGETS.get(group, (Target(), Target()))
     return one if threads == 1 else every

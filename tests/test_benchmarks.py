@@ -485,6 +485,8 @@ def test_summary_has_geomean_worst_and_target():
     assert summary.geomean == pytest.approx(4.0)
     assert summary.worst.configuration == "slow"
     assert summary.target == cases.TARGETS[cases.FIRST_32, "forward", "relu"][0]
+    (of_gpu,) = report.summarize([result(Band(2.0, 2.0, 2.0), threads=0)])
+    assert of_gpu.target == cases.Target()
 
 
 def test_summaries_and_closing_lines_keep_peers_apart():
