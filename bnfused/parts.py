@@ -242,7 +242,7 @@ def batch_norm_backward_reduce(
         args = (grad_y, input, weight, bias, residual, mean, invstd, mask, code, param)
         return _op("batch_norm_backward_reduce")(*args)
     g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, mask, code, param)
-    xhat = (input.to(g.dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
+    xhat = (input.to(g.dtype) - reference.per_channel(mean, input)) * reference.per_channel(invstd, input)
     dims = [0, *range(2, input.dim())]
     return torch.stack([g.sum(dims), (g * xhat).sum(dims)])
 
@@ -285,10 +285,10 @@ def batch_norm_backward_apply(
         return _op("batch_norm_backward_apply")(*args)
     mean_grad, mean_grad_xhat = sums / count.clamp(min=1)
     g = _grad_before_activation(grad_y, input, mean, invstd, weight, bias, residual, mask, code, param)
-    xhat = (input.to(g.dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
-    grad_x = g - _per_channel(mean_grad, input) - xhat * _per_channel(mean_grad_xhat, input)
+    xhat = (input.to(g.dtype) - reference.per_channel(mean, input)) * reference.per_channel(invstd, input)
+    grad_x = g - reference.per_channel(mean_grad, input) - xhat * reference.per_channel(mean_grad_xhat, input)
     scale = invstd if weight is None else invstd * weight
-    grad_x = (grad_x * _per_channel(scale, input)).to(input.dtype)
+    grad_x = (grad_x * reference.per_channel(scale, input)).to(input.dtype)
     absent = input.new_empty(0)
     return grad_x if output_mask[0] else absent, g.to(input.dtype) if output_mask[1] else absent
 
@@ -357,7 +357,3 @@ def _check_gathered(moments: Tensor, running_mean: Tensor | None, running_var: T
             raise RuntimeError(
                 f"batch_norm_gather_stats: expected {name} of shape {[channels]}, got {list(tensor.shape)}"
             )
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.dim() - 2))

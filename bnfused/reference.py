@@ -73,8 +73,8 @@ def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
     dims = [0, *range(2, values.dim())]
     mean = values.mean(dims)
     # What rounding left, so that equal values have their own mean.
-    mean = mean + (values - _per_channel(mean, values)).mean(dims)
-    return mean, (values - _per_channel(mean, values)).square().mean(dims)
+    mean = mean + (values - per_channel(mean, values)).mean(dims)
+    return mean, (values - per_channel(mean, values)).square().mean(dims)
 
 
 def transform(
@@ -89,11 +89,11 @@ def transform(
     dtype: torch.dtype,
 ) -> Tensor:
     """``act((values - mean) * invstd * weight + bias + residual)``, rounded to ``dtype`` once."""
-    z = (values - _per_channel(mean, values)) * _per_channel(invstd, values)
+    z = (values - per_channel(mean, values)) * per_channel(invstd, values)
     if weight is not None:
-        z = z * _per_channel(weight.to(values.dtype), values)
+        z = z * per_channel(weight.to(values.dtype), values)
     if bias is not None:
-        z = z + _per_channel(bias.to(values.dtype), values)
+        z = z + per_channel(bias.to(values.dtype), values)
     if residual is not None:
         z = z + residual
     if activation == activations.RELU_CODE:
@@ -224,5 +224,6 @@ def check_arguments(
         )
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """``(C,)`` to be broadcast against ``x``."""
     return values.view(-1, *[1] * (x.dim() - 2))

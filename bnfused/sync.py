@@ -412,8 +412,7 @@ def _statistics(values: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tens
     dims = [0, *range(2, values.dim())]
     count = count.clamp(min=1)
     mean = _Sum.apply(values.sum(dims), group) / count
-    per_channel = mean.view(-1, *[1] * (values.dim() - 2))
-    return mean, _Sum.apply((values - per_channel).square().sum(dims), group) / count
+    return mean, _Sum.apply((values - reference.per_channel(mean, values)).square().sum(dims), group) / count
 
 
 def _levels(group: Any) -> tuple[Any, ...]:
