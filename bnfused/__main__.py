@@ -69,6 +69,7 @@ def self_test(device: str) -> list[tuple[str, float]]:
 
 
 def check() -> int:
+    """Print what is here and the self-test of each device; the exit status."""
     for name, value in describe():
         print(f"{name:22s} {value}")
     start = time.perf_counter()

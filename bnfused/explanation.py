@@ -151,7 +151,7 @@ def explain(
             of ``x``, the CPU for a shape.
 
     Raises:
-        RuntimeError: the extension, which has the planner, is not loaded.
+        RuntimeError: the extension, which has the planner, is not loaded; or a dtype that batch norm does not know.
         ValueError: a device or an activation that is not known; a shape of less than two dimensions.
     """
     if not _extension.is_available():
@@ -164,9 +164,9 @@ def explain(
         if memory_format != torch.contiguous_format:
             meta = meta.to(memory_format=memory_format)
         device = torch.device("cpu")
-    reference.check_input(meta)
     if meta.dim() < 2:
         raise ValueError(f"bnfused.explain: expected a shape (N, C, *), got {tuple(meta.shape)}")
+    reference.check_input(meta)
     code, _ = activations.resolve(activation, None)
     masked = residual and code == activations.RELU_CODE and (training or grad)  # the training op always writes one
     problem = fake.problem(meta)
