@@ -27,8 +27,9 @@ from benchmarks.report import (
     plain_table,
     print_environment,
     ratio_text,
+    spread,
 )
-from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, training_step
+from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, random_batch, training_step
 from benchmarks.timing import Clock, Plan, band, interleave, make_clock, paired_ratios
 
 
@@ -36,8 +37,8 @@ def time_steps(
     original: nn.Module, layout: torch.memory_format, options: argparse.Namespace, clock: Clock
 ) -> dict[Hashable, list[float | None]]:
     """Seconds of a step of "torch" and "bnfused", taken in turns."""
-    images = torch.randn(options.batch_size, 3, options.size, options.size).to(memory_format=layout)
-    labels = torch.randint(0, 1000, (options.batch_size,))
+    images, labels = random_batch(options.batch_size, options.size, torch.device("cpu"), torch.float32)
+    images = images.to(memory_format=layout)
     models = {"torch": copy.deepcopy(original), "bnfused": bnfused.convert(original)}
     steps = {name: training_step(model.to(memory_format=layout), images, labels) for name, model in models.items()}
     samples: dict[Hashable, list[float | None]] = {}
@@ -62,12 +63,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def report(times: dict[str, dict[Hashable, list[float | None]]], console: Console) -> None:
     table = plain_table(
-        "", ["median of a training step"], ["torch ms", "bnfused ms", "torch/bnfused (25-75 %)", "pairs"]
+        "", ["median of a training step"], ["torch ms", "bnfused ms", "torch/bnfused", "25-75 %", "pairs"]
     )
     for layout, samples in times.items():
         columns = [[1e3 * s for s in samples[name] if s is not None] for name in ("torch", "bnfused")]
         ratios = paired_ratios(samples["torch"], samples["bnfused"])
-        table.add_row(layout, *(milliseconds(band(c)) for c in columns), ratio_text(band(ratios)), str(len(ratios)))
+        ratio = band(ratios)
+        table.add_row(
+            layout, *(milliseconds(band(c)) for c in columns), ratio_text(ratio), spread(ratio), str(len(ratios))
+        )
     console.print(table)
     if not all(paired_ratios(samples["torch"], samples["bnfused"]) for samples in times.values()):
         console.print("Other processes had the cores in every step: run again on a quiet machine.", style="yellow")

@@ -124,11 +124,6 @@ OF_TORCH = {PLAIN: (3, 5), RELU: (5, 8), ADD_RELU: (8, 8)}
 LAUNCHES_OF_TORCH = {"NCHW": (4, 1), "channels_last": (5, 3)}
 
 
-def strategy_of(it: Pass) -> str:
-    in_clusters = any(launch.cluster > 1 for launch in it.launches)
-    return f"{it.strategy} in clusters" if in_clusters else it.strategy
-
-
 def torchs(layer: Layer, batch: int, layout: str) -> Cost:
     size = 2 * batch * layer.channels * layer.size**2
     more = {PLAIN: 0, RELU: 2, ADD_RELU: 3}[layer.fusion]
@@ -147,6 +142,11 @@ def apexs(layer: Layer, batch: int, device: DeviceLimits) -> Cost:
 
 def total(costs: list[tuple[int, Cost]]) -> Cost:
     return Cost(sum(n * cost.bytes for n, cost in costs), sum(n * cost.launches for n, cost in costs))
+
+
+def strategy_of(it: Pass) -> str:
+    in_clusters = any(launch.cluster > 1 for launch in it.launches)
+    return f"{it.strategy} in clusters" if in_clusters else it.strategy
 
 
 def print_networks(batches: list[int], devices: list[str]) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +28,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
 from benchmarks.digits import load_digits
-from benchmarks.report import FEW_PAIRS, describe_environment, make_console, plain_table, print_environment
+from benchmarks.report import (
+    FEW_PAIRS,
+    describe_environment,
+    make_console,
+    plain_table,
+    print_environment,
+    progress_bar,
+)
 from benchmarks.timing import CpuClock, band, make_clock
 
 IMPLEMENTATIONS = ("torch", "bnfused")
@@ -373,16 +379,7 @@ def train(options: argparse.Namespace, clock: CpuClock, console: Console) -> Tra
         exact_losses(trainees["torch"].network, first, rates[: len(first)]),
     )
     clock.watch()  # the worker threads exist from here on
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        auto_refresh=False,  # its thread would take a core in the middle of a step
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    progress = progress_bar(console)
     try:
         with progress:
             task = progress.add_task("", total=total)
