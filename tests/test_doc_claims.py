@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bnfused
 import cases
 import checks
-from benchmarks import report
+from benchmarks import report, traffic
 from benchmarks.timing import geometric_mean
 from bnfused import functional
 
@@ -274,6 +274,17 @@ def test_how_many_cells_are_slower_is_what_was_measured(measured):
     ratios = [ratio for of_key in measured.values() for ratio in of_key]
     slower = sum(ratio.high < 1 for ratio in ratios)
     assert f"({slower} of {len(ratios)} cells are slower" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["docs/performance.md", "benchmarks/results/model/gpu_traffic.md"])
+def test_the_tables_of_the_gpu_model_are_what_it_says(page, capsys):
+    """A change of ``csrc/plan.h`` changes both; rows of batch 128 on an H100, which both pages have."""
+    traffic.print_networks([128], ["h100"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "| 128 | H100 |" in line]
+    assert len(said) == 2 * len(traffic.NETWORKS)
+    rows = (ROOT / page).read_text().splitlines()
+    for row in said:
+        assert row in rows or row.replace("| 128 | H100 |", "|") in rows, row
 
 
 # -------------------------------------------------------------------------------------------- docs
