@@ -194,7 +194,8 @@ def check_arguments(
         RuntimeError: a shape, dtype or device that does not fit ``x``, or running statistics that are missing in eval.
     """
     channels = (channels_of(x),)
-    statistics = [x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    statistics = [wide] if x.dtype == wide else [wide, x.dtype]
     wanted = {
         "weight": (weight, channels, statistics),
         "bias": (bias, channels, statistics),

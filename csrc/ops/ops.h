@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "batch_norm.h"
@@ -40,6 +41,9 @@ inline DType dtype_of(const at::Tensor& t) {
   }
 }
 
+// As Python calls it.
+inline std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
 // The arguments of one call, checked against x. `op` names the op in every message.
 class Checker {
  public:
@@ -48,32 +52,32 @@ class Checker {
     TORCH_CHECK(x.dim() >= 2, op_, ": expected x of shape [N, C, ...], got ", x.sizes());
     const auto t = x.scalar_type();
     TORCH_CHECK(t == at::kHalf || t == at::kBFloat16 || t == at::kFloat || t == at::kDouble, op_,
-                ": expected x of float16, bfloat16, float32 or float64, got ", t);
+                ": expected x of float16, bfloat16, float32 or float64, got ", name_of(t));
   }
 
   void per_channel(const OptionalTensor& t, const char* name) const {
     if (!t) return;
     TORCH_CHECK(t->dim() == 1 && t->size(0) == x_.size(1), op_, ": expected ", name, " of shape [", x_.size(1),
                 "], got ", t->sizes());
-    const auto accumulate = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    TORCH_CHECK(t->scalar_type() == x_.scalar_type() || t->scalar_type() == accumulate, op_, ": expected ", name,
-                " of ", x_.scalar_type(), " or ", accumulate, " beside x of ", x_.scalar_type(), ", got ",
-                t->scalar_type());
+    const auto own = x_.scalar_type(), wide = own == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK(t->scalar_type() == own || t->scalar_type() == wide, op_, ": expected ", name, " of ", name_of(wide),
+                own == wide ? "" : " or " + name_of(own), " beside x of ", name_of(own), ", got ",
+                name_of(t->scalar_type()));
     device(*t, name);
   }
 
   void count(const OptionalTensor& t) const {
     if (!t) return;
     TORCH_CHECK(t->scalar_type() == at::kLong && t->numel() == 1, op_,
-                ": expected num_batches_tracked to be one int64, got ", t->sizes(), " of ", t->scalar_type());
+                ": expected num_batches_tracked to be one int64, got ", t->sizes(), " of ", name_of(t->scalar_type()));
     device(*t, "num_batches_tracked");
   }
 
   void like_x(const OptionalTensor& t, const char* name) const {
     if (!t) return;
     TORCH_CHECK(t->sizes() == x_.sizes(), op_, ": expected ", name, " of shape ", x_.sizes(), ", got ", t->sizes());
-    TORCH_CHECK(t->scalar_type() == x_.scalar_type(), op_, ": expected ", name, " of ", x_.scalar_type(), ", got ",
-                t->scalar_type());
+    TORCH_CHECK(t->scalar_type() == x_.scalar_type(), op_, ": expected ", name, " of ", name_of(x_.scalar_type()),
+                ", got ", name_of(t->scalar_type()));
     TORCH_CHECK(t->layout() == at::kStrided, op_, ": expected ", name, " to be a dense (strided) tensor, got ",
                 t->layout());
     device(*t, name);
@@ -82,7 +86,7 @@ class Checker {
   void saved_statistic(const at::Tensor& t, const char* name) const {
     TORCH_CHECK(t.dim() == 1 && t.size(0) == x_.size(1) && t.scalar_type() == at::kDouble && t.is_contiguous(), op_,
                 ": expected ", name, " of shape [", x_.size(1), "] and float64, got ", t.sizes(), " of ",
-                t.scalar_type());
+                name_of(t.scalar_type()));
     device(t, name);
   }
 
@@ -90,10 +94,10 @@ class Checker {
     TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == x_.size(1) &&
                     sums.scalar_type() == at::kDouble && sums.is_contiguous(),
                 op_, ": expected sums of shape [2, ", x_.size(1), "] and float64, got ", sums.sizes(), " of ",
-                sums.scalar_type());
+                name_of(sums.scalar_type()));
     device(sums, "sums");
     TORCH_CHECK(count.numel() == 1 && count.scalar_type() == at::kDouble, op_,
-                ": expected count to be one float64, got ", count.sizes(), " of ", count.scalar_type());
+                ": expected count to be one float64, got ", count.sizes(), " of ", name_of(count.scalar_type()));
     device(count, "count");
   }
 
@@ -332,7 +336,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
     const OptionalTensor& num_batches_tracked, const OptionalTensor& merged, std::optional<double> momentum) {
   const char* op = "bnfused::batch_norm_gather_stats";
   const auto dtype = moments_in.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, op, ": expected moments of float32 or float64, got ", dtype);
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, op, ": expected moments of float32 or float64, got ",
+              name_of(dtype));
   const int64_t size = moments_in.dim() == 2 ? moments_in.size(1) : 0;
   const bool of_float64 = dtype == at::kDouble;
   const int64_t channels = of_float64 ? (size - 1) / 2 : (size - 2) / 3;
@@ -340,7 +345,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
               of_float64 ? "2 C + 1" : "3 C + 2", "], got ", moments_in.sizes());
   const auto expect = [&](const at::Tensor& t, const char* name, at::IntArrayRef sizes, bool fits, const char* dtype) {
     TORCH_CHECK(t.sizes() == sizes, op, ": expected ", name, " of shape ", sizes, ", got ", t.sizes());
-    TORCH_CHECK(fits, op, ": expected ", name, " of ", dtype, ", got ", t.scalar_type());
+    TORCH_CHECK(fits, op, ": expected ", name, " of ", dtype, ", got ", name_of(t.scalar_type()));
     TORCH_CHECK(t.device() == moments_in.device(), op, ": expected ", name, " on ", moments_in.device(), ", got ",
                 t.device());
   };
