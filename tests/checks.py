@@ -1,7 +1,8 @@
 """The checks, as functions of the batch_norm under test: ``check_*(batch_norm, ...)`` raises AssertionError.
 
 Every backend goes through them, and so do the deliberately wrong ones of test_planted_bugs.py, which shows that each
-check can fail. ``batch_norm`` has the signature of ``bnfused.functional.batch_norm``.
+check can fail (but for ``check_transforms_numerically``, torch's gradcheck in modes that those do not have).
+``batch_norm`` has the signature of ``bnfused.functional.batch_norm``.
 """
 
 from __future__ import annotations
