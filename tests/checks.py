@@ -108,6 +108,20 @@ def assert_within(name: str, actual: Tensor, expected: Tensor, limits: Tensor, c
         )
 
 
+def assert_alike(name: str, actual: Tensor, wanted: Tensor, factor: float) -> None:
+    """Of one dtype, and ``factor`` bounds of cases.py apart, relative to the largest value and at least to 1.
+
+    ``wanted`` is another implementation's result, which is as far from float64. Integers are equal.
+    """
+    assert actual.dtype == wanted.dtype, f"{name} is {actual.dtype}, expected {wanted.dtype}"
+    if not wanted.is_floating_point():
+        assert torch.equal(actual, wanted), name
+        return
+    wide = wanted.detach().double()
+    scale = max(1.0, oracle.finite_max(wide))
+    assert_within(name, actual, wide, factor * cases.limit(wide, scale, actual.dtype))
+
+
 def check_against_oracle(
     batch_norm: BatchNorm, problem: Problem, *, hard: bool = False, needs: Iterable[str] = LEAVES
 ) -> Outcome:

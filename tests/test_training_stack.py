@@ -17,9 +17,7 @@ import torch
 from torch import nn
 
 import bnfused
-import cases
 import checks
-import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (4, 6, 5, 3)
@@ -34,14 +32,8 @@ def random():
 
 
 def close(name, actual, wanted, factor=4):
-    """Results of two implementations, each good to the bound of cases.py, a few layers deep."""
-    if not wanted.is_floating_point():
-        assert torch.equal(actual, wanted), name
-        return
-    assert actual.dtype == wanted.dtype, name
-    wide = wanted.detach().double()
-    limits = factor * cases.limit(wide, max(1.0, oracle.finite_max(wide)), actual.dtype)
-    checks.assert_within(name, actual.detach(), wide, limits)
+    """Two implementations, twice what each may be off, and as much again a few layers deep."""
+    checks.assert_alike(name, actual, wanted, factor)
 
 
 def same_module(ours, theirs):
