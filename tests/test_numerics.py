@@ -249,6 +249,14 @@ def test_largest_scale(backend, where):
     checks.check_no_worse_than_torch(backend.batch_norm, draw)
 
 
+@pytest.mark.parametrize("where", ["nchw", "nchw, short planes", "channels_last", "rows"])
+def test_sums_past_the_range(backend, where):
+    """At 5e37 eight differences of one sign leave float32, and such sums of either sign make NaN of finite values."""
+    shape, layout = SHAPES[where]
+    p = cases.make(shape, layout=layout, regime=lambda x: 5e37 * x.sign(), running=False)
+    checks.check_against_oracle(backend.batch_norm, p, needs=())
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 10.0])
 def test_eps_is_inside_the_root(backend, eps):
     """From negligible to dominating."""

@@ -45,10 +45,11 @@ inline void write_count(const PackedMoments& to, double count) {
 // Each round shrinks the distance to the block's mean by the precision of A; more never helps.
 constexpr int kRounds = 4;
 
-// Sums whose squares left the range of A, upwards or downwards, say nothing about the values.
+// Sums whose squares left the range of A, upwards or downwards, say nothing about the values. Nor does a sum that is
+// NaN: lanes that have overflowed to either infinity add up to it.
 template <class A>
 bool in_range(const Sums& sums) {
-  if (std::isnan(sums.first)) return true;  // so are the values
+  if (std::isnan(sums.second)) return true;  // so are the values
   return sums.second <= kHighestSquares<A> &&
          (sums.second >= kLowestSquares<A> || (sums.first == 0 && sums.second == 0));
 }

@@ -169,7 +169,10 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
     // loop: side by side they take more registers than there are for two blocks on an SM.
 #pragma unroll 1
     for (int pass = 0; pass < 3; ++pass) {
-      if (pass == 1) run.shift += quotient(A(run.sum), A(count));
+      if (pass == 1) {
+        const A moved = quotient(A(run.sum), A(count));
+        if (moved - moved == 0) run.shift += moved;  // else the squares overflow as well, or a value is infinite or NaN
+      }
       if (pass == 2) {
         if (!run.overflowed()) break;
         scale = kShrink;
