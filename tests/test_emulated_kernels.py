@@ -562,6 +562,27 @@ def test_no_bit_of_the_mask_is_beyond_the_tensor(layout, values):
     assert mask.tolist() == [255] * 64 + [2**values - 1]
 
 
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_first_moments_are_taken_as_they_are(backend, layout):
+    """A constant whose square leaves float64 is one: its distance from no mean, squared, times 0 would be NaN."""
+    p = cases.make((6, 3, 40, 41), layout=layout, dtype=torch.float64, regime=lambda x: torch.full_like(x, 1e200))
+    checks.check_constant_channels(backend.batch_norm, p)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_of_no_values(layout):
+    """Without values the statistics that are handed back are 0 in training, and the running ones frozen; none is left
+    unwritten, in the second block of channels neither."""
+    x, *_ = tensors((0, 300, 2, 2), layout, torch.float32, False)
+    mean, var = torch.randn(300), torch.rand(300)
+    (_, *saved), _ = train(x, None, None, None, IDENTITY)
+    frozen = emulated.ops().batch_norm_frozen(x, None, None, mean, var, None, 1e-5, IDENTITY, 0.0)
+    assert all(torch.equal(t, torch.zeros(300, dtype=torch.float64)) for t in saved[:2])
+    assert torch.equal(frozen[1], mean.double())
+    torch.testing.assert_close(frozen[2], (var.double() + 1e-5).rsqrt())
+
+
 @pytest.mark.parametrize("activation", [IDENTITY, RELU, SILU])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("layout", LAYOUTS)
