@@ -59,7 +59,7 @@ struct BackwardConstants {
     Slope s;
     if (slopes != nullptr) s = slopes[c];
     if (sum_grad) {
-      const double of_batch = *batch_count > 1 ? 1 / *batch_count : 1;
+      const double of_batch = 1 / *batch_count;
       s = slope_of<A>(c, read(sum_grad, c, 0) * of_batch, read(sum_grad_xhat, c, 0) * of_batch);
     }
     return {forward<A>(c), A(s.slope), A(s.offset)};

@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const uint32_t c = first + slot;
     if (c == args.channels) {
       *args.batch_count = all.count;
-      if (args.merged) pack_count(args.merged, all.count);
+      pack_count(args.merged, all.count);
       return;
     }
-    if (args.merged) pack(args.merged, c, all.mean, all.m2, all.count);
+    pack(args.merged, c, all.mean, all.m2, all.count);
     args.batch_mean[c] = all.mean;
     args.batch_var[c] = all.count > 1 ? all.m2 / all.count : all.m2;
     if (all.count > 1) running.move(c, all.mean, all.m2 / (all.count - 1));

@@ -196,7 +196,7 @@ template <class Sums, int kLoads, class Load, class Finish>
 __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t partials, Load load, Finish finish) {
   const uint32_t at_once = channels < blockDim.x ? channels : blockDim.x;
   const uint32_t most = blockDim.x / at_once;
-  const uint32_t lanes = partials == 0 ? 1 : partials < most ? partials : most;
+  const uint32_t lanes = partials < most ? partials : most;
   const uint32_t lane = threadIdx.x / at_once;
   for (uint32_t base = 0; base < channels; base += at_once) {
     const uint32_t slot = threadIdx.x % at_once;
