@@ -32,7 +32,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help build demo demo-sync test sanitize fuzz lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
+.PHONY: help build demo demo-sync test sanitize fuzz mutate lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
 
 help:
 	@echo 'make demo    train a small network with bnfused and with torch, convert a ResNet-18, and compare'
@@ -40,6 +40,7 @@ help:
 	@echo 'make test    run the tests'
 	@echo 'make sanitize  run the kernels, those of CUDA too, under AddressSanitizer, on the CPU'
 	@echo 'make fuzz    compare random calls with torch for a minute, guided by the code that they reach'
+	@echo 'make mutate  plant small faults in the CUDA kernels, one at a time, and say which test finds each'
 	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make bench   time bnfused and torch on this machine'
 	@echo 'make build   set up $(VENV) and compile the extension, which demo, test and bench do too'
@@ -79,6 +80,10 @@ sanitize: $(VENV)/.extension
 # ARGS="--seconds 3600" for longer.
 fuzz: $(VENV)/.extension
 	@$(PY) tests/instrumented.py fuzz $(ARGS)
+
+# ARGS="layout.cuh pack.cuh" for the faults of these files.
+mutate: $(VENV)/.extension
+	@$(PY) tests/mutate.py $(ARGS)
 
 lint: $(VENV)/.tools
 	@echo 'ruff check'
