@@ -74,8 +74,10 @@ def set_output_files(options: argparse.Namespace, environment: Mapping[str, obje
             options.picture = options.picture or folder / f"{name}.png"
 
 
-def plain(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as JSON has them."""
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured and how, as JSON has it: all arguments but where the numbers go, which is this machine's."""
     return {
-        name: str(value) if isinstance(value, (Path, torch.device)) else value for name, value in vars(options).items()
+        name: str(value) if isinstance(value, (Path, torch.device)) else value
+        for name, value in vars(options).items()
+        if name not in ("json", "picture", "keep", "commit")
     }

@@ -25,8 +25,8 @@ from benchmarks.arguments import (
     add_output_arguments,
     check_output_arguments,
     parse_threads,
-    plain,
     set_output_files,
+    settings,
     some_of,
 )
 from benchmarks.cases import CHAIN, DEFAULT_DTYPES, DTYPE_BYTES, GPU_DTYPES, SWEEPS, Cell, Configuration, bytes_moved
@@ -377,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     clock_names = {str(count): clock.description for count, clock in clocks.items()}
     run: Run[CellResult] = Run(
-        describe_environment(options.device, options.commit), plain(options) | {"clocks": clock_names}
+        describe_environment(options.device, options.commit), settings(options) | {"clocks": clock_names}
     )
     set_output_files(options, run.environment, "bench")
     print_environment(console, run.environment)

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
 from benchmarks import models, pictures
-from benchmarks.arguments import add_output_arguments, check_output_arguments, plain, set_output_files, some_of
+from benchmarks.arguments import add_output_arguments, check_output_arguments, set_output_files, settings, some_of
 from benchmarks.memory import saved_for_backward
 from benchmarks.report import (
     FEW_PAIRS,
@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory = MEMORY[options.device.type]
     run: Run[NetworkResult] = Run(
         describe_environment(options.device, options.commit),
-        plain(options) | {"clock": clock.description, "memory": memory},
+        settings(options) | {"clock": clock.description, "memory": memory},
     )
     set_output_files(options, run.environment, "networks")
     print_environment(console, run.environment)
