@@ -394,6 +394,9 @@ def test_functions_refuse_what_is_no_such_argument(name):
         message = rf"bnfused::{name}: expected {argument.name} to be (a|an|\d) [a-zN ]+, got object"
         with pytest.raises(TypeError, match=message):
             getattr(ops, name)(*args[:i], object(), *args[i + 1 :])
+    if isinstance(args[-1], (tuple, list)):
+        with pytest.raises(TypeError, match=f"bnfused::{name}: expected output_mask to be a bool, got int"):
+            getattr(ops, name)(*args[:-1], [1] * len(args[-1]))
     for wrong in (args[:-1], [*args, None]):
         with pytest.raises(TypeError, match=f"bnfused::{name}: expected {len(args)} arguments, got {len(wrong)}"):
             getattr(ops, name)(*wrong)
