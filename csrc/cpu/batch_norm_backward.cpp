@@ -147,20 +147,13 @@ void backward_planes(const BackwardArgs& args) {
   const bool streaming = streams<T>(p, p.inner, {args.grad_x, args.grad_residual});
   const auto apply = leaf.grad_apply[int(Layout::kPlanes)][streaming][kind];
   const bool writes = args.grad_x || args.grad_residual;
-  const int64_t mask_plane = (p.inner + 7) / 8;
 
   const auto sum_part = [&](int64_t c, const Part& part, const GradAffine<A>& coefficients) {
-    Sums sums{};
-    for_each_block(part.runs(p), [&](int64_t offset, Runs block) {
-      const int64_t at = part.first(p, c) + offset;
-      const int64_t mask_at = args.mask ? at / p.inner * mask_plane + at % p.inner / 8 : 0;
-      GradArgs<T> g = grad_args<T>(args, at, mask_at);
-      g.runs = block;
-      g.coefficients = &coefficients.forward.mean;
-      g.coefficient_stride = 1;
-      sums += leaf.plane_grad_sums[kind](g);
-    });
-    return sums;
+    GradArgs<T> g = grad_args<T>(args, part.first(p, c), part.first_mask(p, c));
+    g.runs = part.runs(p);
+    g.coefficients = &coefficients.forward.mean;
+    g.coefficient_stride = 1;
+    return leaf.plane_grad_sums[kind](g);
   };
   const auto apply_part = [&](int64_t c, const Part& part, const GradAffine<A>& coefficients, int64_t prefetch) {
     GradArgs<T> g = grad_args<T>(args, part.last(p, c), part.last_mask(p, c));
@@ -175,7 +168,7 @@ void backward_planes(const BackwardArgs& args) {
   if (parts == 1) {
     const Part whole = part_of(p, 0, 1);
     const bool fits = 2 * p.rows() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
-    at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         GradAffine<A> coefficients = recompute<A>(args, c);
         if (needs_sums(args)) finish(args, per_row, c, sum_part(c, whole, coefficients), &coefficients);
@@ -188,7 +181,7 @@ void backward_planes(const BackwardArgs& args) {
   for (int64_t c = 0; c < p.channels; ++c) coefficients[c] = recompute<A>(args, c);
   if (needs_sums(args)) {
     const auto sums = std::make_unique<Sums[]>(p.channels * parts);
-    at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         sums[i] = sum_part(i / parts, part_of(p, i % parts, parts), coefficients[i / parts]);
       }
@@ -200,7 +193,7 @@ void backward_planes(const BackwardArgs& args) {
     }
   }
   if (!writes) return;
-  at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) {
       apply_part(i / parts, part_of(p, i % parts, parts), coefficients[i / parts], 0);
     }
@@ -219,7 +212,7 @@ void backward_short_planes(const BackwardArgs& args) {
   const auto apply = leaf.grad_apply[int(Layout::kRows)][streaming][kind];
   const bool writes = args.grad_x || args.grad_residual;
   const Part whole = part_of(p, 0, 1);
-  at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
     GroupCoefficients<T, GradAffine<A>> coefficients(together, inner);
     const auto g_sums = scratch<double>(p.inner), products = scratch<double>(p.inner);
     const auto sums = std::make_unique<Sums[]>(together);
@@ -310,7 +303,7 @@ void backward_rows(const BackwardArgs& args) {
     coefficients.set(kSlope, c, slope);
     coefficients.set(kOffset, c, offset);
   };
-  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for_channels(begin, end, [&](int64_t first, int count) {
       recompute<A>(args, first, count, set_forward, set_backward);
       coefficients.repeat(first, count);
@@ -328,7 +321,7 @@ void backward_rows(const BackwardArgs& args) {
     std::vector<ColumnSums<T>> sums;
     sums.reserve(sum_tasks.count());
     for (int64_t task = 0; task < sum_tasks.count(); ++task) sums.emplace_back(sum_view.columns);
-    at::parallel_for(0, sum_tasks.count(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, sum_tasks.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         for_rows(sum_view, sum_tasks.begin(task), sum_tasks.end(task), [&](Runs runs, int64_t at) {
           sums[task].add(leaf, source_of<T>(p), kind, runs,
@@ -336,7 +329,7 @@ void backward_rows(const BackwardArgs& args) {
         });
       }
     });
-    at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
       for_channels(begin, end, [&](int64_t first, int count) {
         double g[kChannelsTogether] = {}, g_d[kChannelsTogether] = {};
         for (const auto& of_task : sums) {
@@ -354,7 +347,7 @@ void backward_rows(const BackwardArgs& args) {
   }
   if (!args.grad_x && !args.grad_residual) return;
   const RowTasks tasks(p, view);
-  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       for_rows_backwards(view, tasks.begin(task), tasks.end(task), 2 * sizeof(T), [&](Runs runs, int64_t at) {
         GradArgs<T> g = args_at(at);

@@ -29,7 +29,7 @@ void eval_planes(const EvalArgs& args) {
       best_leaves<T>().apply[int(Layout::kPlanes)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
   // [kind][channel]: consecutive planes are consecutive channels.
   const auto coefficients = scratch<A>(kForwardCoefficients * p.channels);
-  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for_channels(begin, end, [&](int64_t first, int count) {
       finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) {
         coefficients[kMean * p.channels + c] = a.mean;
@@ -50,7 +50,7 @@ void eval_planes(const EvalArgs& args) {
   const int64_t planes = p.outer * p.channels;
   if (planes < at::get_num_threads() && p.numel() >= kSerialValues) {
     const int64_t parts = at::get_num_threads();
-    at::parallel_for(0, planes * parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, planes * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Part part = part_of({1, 1, p.inner, p.dtype}, i % parts, parts);
         apply_planes(i / parts, 1, part.begin, part.end - part.begin);
@@ -58,7 +58,7 @@ void eval_planes(const EvalArgs& args) {
     });
     return;
   }
-  at::parallel_for(0, planes, grain_for(p.inner), [&](int64_t begin, int64_t end) {
+  parallel_for(0, planes, grain_for(p.inner), [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end;) {
       const int64_t count = std::min(end - plane, p.channels - plane % p.channels);
       apply_planes(plane, count, 0, p.inner);
@@ -84,7 +84,7 @@ void eval_short_planes(const EvalArgs& args) {
   const Leaves<T>& leaf = best_leaves<T>();
   const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
   const Part whole = part_of(p, 0, 1);
-  at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
     GroupCoefficients<T, Affine<A>> coefficients(together, inner);
     for (int64_t group = begin; group < end; ++group) {
       for_channels(group * together, (group + 1) * together, [&](int64_t first, int count) {
@@ -108,13 +108,13 @@ void eval_rows(const EvalArgs& args) {
   const bool streaming = streams<T>(p, view.columns, {args.y});
   const auto apply = best_leaves<T>().apply[int(Layout::kRows)][streaming][int(forward_kind(args.epilogue))];
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
-  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for_channels(begin, end, [&](int64_t first, int count) {
       finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) { coefficients.set(c, a); });
       coefficients.repeat(first, count);
     });
   });
-  at::parallel_for(0, view.rows(), grain_for(view.columns), [&](int64_t begin, int64_t end) {
+  parallel_for(0, view.rows(), grain_for(view.columns), [&](int64_t begin, int64_t end) {
     for_rows(view, begin, end, [&](Runs runs, int64_t at) {
       ApplyArgs<T> a = apply_args<T>(args, at, at / 8);
       a.runs = runs;

@@ -19,7 +19,7 @@ void batch_norm_gather_stats(const GatherArgs& args) {
   for (int64_t part = 0; part < args.parts; ++part) count += count_of(part);
   *args.batch_count = count;
   write_count(args.merged, count);
-  at::parallel_for(0, args.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, args.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       Moments all;
       for (int64_t part = 0; part < args.parts; ++part) {

@@ -74,7 +74,7 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
     // While one channel is written, the next one is fetched: reads and writes then share the way to memory.
     const int64_t fetched = args.residual ? 2 : 1;
     const bool fits = fetched * p.rows() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
-    at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const Moments m = slab_moments(leaf, x + whole.first(p, c), whole.runs(p));
         apply_part(c, whole, finish.template channel<A>(c, m), fits && c + 1 < end ? prefetch_ahead<T>(p) : 0);
@@ -85,7 +85,7 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
   const auto coefficients = std::make_unique<Affine<A>[]>(p.channels);
   for_each_channel_of_planes(p, x, parts,
                              [&](int64_t c, const Moments& m) { coefficients[c] = finish.template channel<A>(c, m); });
-  at::parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) {
       apply_part(i / parts, part_of(p, i % parts, parts), coefficients[i / parts], 0);
     }
@@ -100,7 +100,7 @@ void train_short_planes(const TrainArgs& args, const Finish& finish) {
   const Leaves<T>& leaf = best_leaves<T>();
   const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
   const Part whole = part_of(p, 0, 1);
-  at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
     GroupMoments<T> moments(together, inner);
     GroupCoefficients<T, Affine<A>> coefficients(together, inner);
     for (int64_t group = begin; group < end; ++group) {
@@ -143,7 +143,7 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
                            });
 
   const RowTasks tasks(p, view);
-  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       for_rows_backwards(view, tasks.begin(task), tasks.end(task), sizeof(T), [&](Runs runs, int64_t at) {
         ApplyArgs<T> a = apply_args<T>(args, at, at / 8);

@@ -156,7 +156,6 @@ BNFUSED_INLINE void apply_with(const ApplyArgs<T>& args_in, Round& round) {
       }
     });
   });
-  if constexpr (kStream) stream_fence();
 }
 
 template <class T, Layout kLayout, bool kStream, Forward kKind>
@@ -188,10 +187,8 @@ BNFUSED_INLINE Sums sum_all(Runs runs, Term term) {
     for (int k = 0; k < kChains; ++k) first[k] = second[k] = V(A(0));
   };
   const auto flush = [&]() BNFUSED_INLINE_LAMBDA {
-    for (int k = 0; k < kChains; k += 2) {
-      all_first += Wide<A>(first[k] + first[k + 1]);
-      all_second += Wide<A>(second[k] + second[k + 1]);
-    }
+    all_first += Wide<A>((first[0] + first[1]) + (first[2] + first[3]));
+    all_second += Wide<A>((second[0] + second[1]) + (second[2] + second[3]));
     clear();
   };
   const auto add = [&](int k, Pair<A> t) BNFUSED_INLINE_LAMBDA {
@@ -508,7 +505,6 @@ BNFUSED_INLINE void grad_apply_with(const GradArgs<T>& args_in, Round& round) {
       }
     });
   });
-  if constexpr (kStream) stream_fence();
 }
 
 template <class T, Layout kLayout, bool kStream, Backward kKind>

@@ -104,6 +104,23 @@ Moments block_moments(const Leaves<T>& leaf, const T* x, Runs runs, double shift
   }
 }
 
+// Calls f(offset, block) for the blocks of `runs` that are summed around one shift, in order.
+template <class F>
+void for_each_block(Runs runs, F f) {
+  if (runs.length >= kBlockValues) {
+    for (int64_t run = 0; run < runs.count; ++run) {
+      for (int64_t i = 0; i < runs.length; i += kBlockValues) {
+        f(run * runs.stride + i, Runs{1, std::min(kBlockValues, runs.length - i), runs.stride, runs.mask_stride});
+      }
+    }
+    return;
+  }
+  const int64_t together = std::max<int64_t>(1, kBlockValues / std::max<int64_t>(1, runs.length));
+  for (int64_t run = 0; run < runs.count; run += together) {
+    f(run * runs.stride, Runs{std::min(together, runs.count - run), runs.length, runs.stride, runs.mask_stride});
+  }
+}
+
 template <class T>
 Moments slab_moments(const Leaves<T>& leaf, const T* x, Runs runs) {
   Moments all;
@@ -242,7 +259,7 @@ void for_each_channel_of_planes(const Problem& p, const T* x, int64_t parts, F f
   const Leaves<T>& leaf = best_leaves<T>();
   const auto moments = std::make_unique<Moments[]>(p.channels * parts);
   const int64_t grain = parts == 1 ? grain_for(p.rows()) : 1;
-  at::parallel_for(0, p.channels * parts, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels * parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Part part = part_of(p, i % parts, parts);
       moments[i] = slab_moments(leaf, x + part.first(p, i / parts), part.runs(p));
@@ -262,7 +279,7 @@ void for_each_channel_of_groups(const Problem& of_channels, const T* x, F f) {
   const int64_t together = p.inner / of_channels.inner;
   const Leaves<T>& leaf = best_leaves<T>();
   const Part whole = part_of(p, 0, 1);
-  at::parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
     GroupMoments<T> moments(together, of_channels.inner);
     for (int64_t group = begin; group < end; ++group) {
       moments.sum(leaf, x + whole.first(p, group), whole.runs(p));
@@ -283,14 +300,14 @@ void for_each_channel_of_rows(const Problem& p, const T* x, F f) {
   for (int64_t task = 0; task < tasks.count(); ++task) {
     moments.emplace_back(view.columns, source_of<T>(p));
   };
-  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       for_rows(view, tasks.begin(task), tasks.end(task),
                [&](Runs runs, int64_t at) { moments[task].add(leaf, x + at, runs); });
     }
   });
   const bool one_each = tasks.count() == 1 && view.columns == p.channels;
-  at::parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for_channels(begin, end, [&](int64_t first, int count) {
       if (one_each) {
         f(first, count, moments[0].mean() + first, moments[0].m2() + first);

@@ -358,13 +358,6 @@ BNFUSED_INLINE void stream(T* p, Vec<Accumulate<T>> a, Round& round) {
 #endif
 }
 
-// Makes streamed stores visible before whatever follows.
-BNFUSED_INLINE void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 // ---- one bit for each lane
 
 template <class A>
