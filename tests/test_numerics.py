@@ -143,6 +143,15 @@ def test_constant_channel_is_exactly_bias(backend, where, value, dtype):
     checks.check_constant_channels(backend.batch_norm, p.but(bias=None, weight=None))
 
 
+@pytest.mark.parametrize("where", SHAPES)
+@pytest.mark.parametrize("value", [-1.1e160, 1.7e200], ids=str)
+def test_constant_channel_past_the_root_of_the_range(backend, where, value):
+    """The squares of a float64 of this size are infinite, those of its deviations are 0."""
+    shape, layout = SHAPES[where]
+    p = cases.make(shape, layout=layout, dtype=torch.float64, regime=lambda x: torch.full_like(x, value))
+    checks.check_constant_channels(backend.batch_norm, p)
+
+
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "frozen"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

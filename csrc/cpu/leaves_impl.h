@@ -385,7 +385,7 @@ void merge_columns(const A* shift, const double* sums, const double* squares, do
     const V offset = s * inverse;
     const V own = load(squares + i) - s * offset;
     const V delta = (k + offset) - m;
-    const V merged = load(m2 + i) + select<double>(own <= zero, zero, own) + delta * delta * of_square;
+    const V merged = load(m2 + i) + select<double>(own <= zero, zero, own) + delta * (delta * of_square);
     store_lanes<false>(mean + i, m + delta * of_mean, 0, exact, lanes);
     store_lanes<false>(m2 + i, merged, 0, exact, lanes);
   });

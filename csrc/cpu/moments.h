@@ -71,22 +71,21 @@ inline double widened(double x) { return x; }
 inline double widened(Float16 x) { return c10::detail::fp16_ieee_to_fp32_value(x.bits); }
 inline double widened(BFloat16 x) { return c10::detail::f32_from_bits(x.bits); }
 
-// Both passes in float64, value by value: for what A cannot square.
+// In float64, value by value: for what A cannot square. The mean is corrected by that of what is left, so that it is
+// exactly the value of a constant.
 template <class T>
 Moments wide_moments(const T* x, Runs runs) {
   const double count = double(runs.count) * double(runs.length);
-  double sum = 0, m2 = 0;
-  for (int64_t run = 0; run < runs.count; ++run) {
-    for (int64_t i = 0; i < runs.length; ++i) sum += widened(x[run * runs.stride + i]);
-  }
-  const double mean = sum / count;
-  for (int64_t run = 0; run < runs.count; ++run) {
-    for (int64_t i = 0; i < runs.length; ++i) {
-      const double d = widened(x[run * runs.stride + i]) - mean;
-      m2 += d * d;
+  const auto sum = [&](auto of) {
+    double all = 0;
+    for (int64_t run = 0; run < runs.count; ++run) {
+      for (int64_t i = 0; i < runs.length; ++i) all += of(widened(x[run * runs.stride + i]));
     }
-  }
-  return {count, mean, m2};
+    return all;
+  };
+  double mean = sum([](double v) { return v; }) / count;
+  mean += sum([&](double v) { return v - mean; }) / count;
+  return {count, mean, sum([&](double v) { return (v - mean) * (v - mean); })};
 }
 
 // One block of one channel.
@@ -242,6 +241,7 @@ class ColumnMoments {
     for (int64_t i = 0; i < runs.length; ++i) {
       if (in_range<A>({sums_[i], squares_[i]})) continue;
       const Moments wide = wide_moments(x + i, Runs{runs.count, 1, runs.stride, 0});
+      shift_[i] = static_cast<A>(wide.mean);
       sums_[i] = (wide.mean - shift_[i]) * count;
       squares_[i] = wide.m2 + sums_[i] * (wide.mean - shift_[i]);
     }
