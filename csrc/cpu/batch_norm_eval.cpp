@@ -26,7 +26,7 @@ void eval_planes(const EvalArgs& args) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const auto apply =
-      best_leaves<T>().apply[int(Layout::kPlanes)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
+      best_leaves<T>().apply[int(Layout::kPlanes)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args))];
   // [kind][channel]: consecutive planes are consecutive channels.
   const auto coefficients = scratch<A>(kForwardCoefficients * p.channels);
   parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
@@ -82,7 +82,7 @@ void eval_short_planes(const EvalArgs& args) {
   const Problem p = grouped(args.problem);
   const int64_t inner = args.problem.inner, together = p.inner / inner;
   const Leaves<T>& leaf = best_leaves<T>();
-  const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
+  const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args))];
   const Part whole = part_of(p, 0, 1);
   parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
     GroupCoefficients<T, Affine<A>> coefficients(together, inner);
@@ -106,7 +106,7 @@ void eval_rows(const EvalArgs& args) {
   const Problem& p = args.problem;
   const RowView view = row_view(p, kColumns, args.mask != nullptr);
   const bool streaming = streams<T>(p, view.columns, {args.y});
-  const auto apply = best_leaves<T>().apply[int(Layout::kRows)][streaming][int(forward_kind(args.epilogue))];
+  const auto apply = best_leaves<T>().apply[int(Layout::kRows)][streaming][int(forward_kind(args))];
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
   parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for_channels(begin, end, [&](int64_t first, int count) {

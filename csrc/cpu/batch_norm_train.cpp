@@ -55,8 +55,7 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
-  const auto apply =
-      leaf.apply[int(Layout::kPlanes)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
+  const auto apply = leaf.apply[int(Layout::kPlanes)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args))];
   const T* x = static_cast<const T*>(args.x);
 
   const auto apply_part = [&](int64_t c, const Part& part, const Affine<A>& coefficients, int64_t prefetch) {
@@ -98,7 +97,7 @@ void train_short_planes(const TrainArgs& args, const Finish& finish) {
   const Problem p = grouped(args.problem);
   const int64_t inner = args.problem.inner, together = p.inner / inner;
   const Leaves<T>& leaf = best_leaves<T>();
-  const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args.epilogue))];
+  const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args))];
   const Part whole = part_of(p, 0, 1);
   parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
     GroupMoments<T> moments(together, inner);
@@ -132,7 +131,7 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
   const Leaves<T>& leaf = best_leaves<T>();
   const RowView view = row_view(p, kColumns, args.mask != nullptr);
   const bool streaming = streams<T>(p, view.columns, {args.y});
-  const auto apply = leaf.apply[int(Layout::kRows)][streaming][int(forward_kind(args.epilogue))];
+  const auto apply = leaf.apply[int(Layout::kRows)][streaming][int(forward_kind(args))];
 
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
   const auto set = [&](int64_t c, const Affine<A>& a) { coefficients.set(c, a); };

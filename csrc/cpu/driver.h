@@ -176,9 +176,11 @@ int64_t prefetch_ahead(const Problem& p) {
   return std::max(p.inner, kBytes / int64_t(sizeof(T)));
 }
 
-inline Forward forward_kind(const Epilogue& e) {
-  if (e.activation == Activation::kIdentity) return Forward::kIdentity;
-  return e.activation == Activation::kReLU ? Forward::kReLU : Forward::kOther;
+template <class Args>
+Forward forward_kind(const Args& args) {
+  if (args.mask) return Forward::kMaskedReLU;
+  if (args.epilogue.activation == Activation::kIdentity) return Forward::kIdentity;
+  return args.epilogue.activation == Activation::kReLU ? Forward::kReLU : Forward::kOther;
 }
 
 // What the leaves of a forward take from TrainArgs or EvalArgs, from the value (and byte of the mask) on that a part of

@@ -14,7 +14,7 @@ inline constexpr float kRoundsToZero<BFloat16> = 0x1p-134f;
 
 template <class A>
 BNFUSED_INLINE Vec<A> relu(Vec<A> z) {
-  return select<A>(z <= Vec<A>(A(0)), Vec<A>(A(0)), z);
+  return at_least(z, A(0));
 }
 
 // ---- exp, expm1, erf: polynomials for float, libm lane by lane for double

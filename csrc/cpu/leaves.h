@@ -30,11 +30,12 @@ struct Runs {
   int64_t mask_stride;  // bytes likewise
 };
 
-// What the loop over a run does beside the affine map, resolved at compile time. kOther asks the Epilogue at run time:
-// those activations cost far more than the question.
-enum class Forward { kIdentity, kReLU, kOther };
+// What the loop over a run does beside the affine map, resolved at compile time: kMaskedReLU meets a residual, and the
+// forward writes the mask that the backward reads. kOther asks the Epilogue at run time: those activations cost far
+// more than the question.
+enum class Forward { kIdentity, kReLU, kMaskedReLU, kOther };
 enum class Backward { kIdentity, kReLU, kMaskedReLU, kOther };
-constexpr int kForwards = 3;
+constexpr int kForwards = 4;
 constexpr int kBackwards = 4;
 
 enum class Layout { kPlanes, kRows };
@@ -55,7 +56,7 @@ template <class T>
 struct ApplyArgs {
   const T *x, *residual;  // residual may be nullptr
   T* y;
-  uint8_t* mask;  // may be nullptr
+  uint8_t* mask;
   Runs runs;
   const Accumulate<T>* coefficients;
   int64_t coefficient_stride, coefficient_step;

@@ -131,7 +131,8 @@ BNFUSED_INLINE void apply_with(const ApplyArgs<T>& args_in, Round& round) {
   for_each_group<kTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
     const Coefficients<kLayout, A, kForwardCoefficients> coefficients(args.coefficients + run * args.coefficient_step,
                                                                       args.coefficient_stride);
-    constexpr bool kMayOverlap = !kStream && kKind != Forward::kReLU;
+    constexpr bool kMasked = kKind == Forward::kMaskedReLU;
+    constexpr bool kMayOverlap = !kStream && !kMasked;
     map_vectors<A, kMayOverlap>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
       const auto& c = coefficients.at(i);
       const V mean = c[kMean], scale = c[kScale], shift = c[kShift];
@@ -140,17 +141,15 @@ BNFUSED_INLINE void apply_with(const ApplyArgs<T>& args_in, Round& round) {
         const int64_t at = (run + r) * args.runs.stride + i;
         if (args.prefetch) {
           __builtin_prefetch(args.x + at + args.prefetch, 0, 2);
-          if (args.residual) __builtin_prefetch(args.residual + at + args.prefetch, 0, 2);
+          if (kMasked || args.residual) __builtin_prefetch(args.residual + at + args.prefetch, 0, 2);
         }
         V z = fma(load_lanes(args.x + at, lanes, V(A(0))) - mean, scale, shift);
-        if (args.residual) z = z + load_lanes(args.residual + at, lanes, V(A(0)));
-        if constexpr (kKind == Forward::kReLU) {
-          if (args.mask) {
-            uint8_t* bits = args.mask + (run + r) * args.runs.mask_stride + i / 8;
-            store_bits_lanes<A>(bits, ~(z <= V(kRoundsToZero<T>)), lanes);
-          }
-          z = relu(z);
+        if (kMasked || args.residual) z = z + load_lanes(args.residual + at, lanes, V(A(0)));
+        if constexpr (kMasked) {
+          uint8_t* bits = args.mask + (run + r) * args.runs.mask_stride + i / 8;
+          store_bits_lanes<A>(bits, ~(z <= V(kRoundsToZero<T>)), lanes);
         }
+        if constexpr (kMasked || kKind == Forward::kReLU) z = relu(z);
         if constexpr (kKind == Forward::kOther) z = value(args.epilogue, z);
         store_lanes<kStream>(args.y + at, z, args.store_ahead, round, lanes);
       }
@@ -537,10 +536,14 @@ constexpr Leaves<T> make_leaves() {
         row_grad_sums<T, S::kCache, B::kMaskedReLU>, row_grad_sums<T, S::kCache, B::kOther>},
        {row_grad_sums<T, S::kMemory, B::kIdentity>, row_grad_sums<T, S::kMemory, B::kReLU>,
         row_grad_sums<T, S::kMemory, B::kMaskedReLU>, row_grad_sums<T, S::kMemory, B::kOther>}},
-      {{{apply<T, P, false, F::kIdentity>, apply<T, P, false, F::kReLU>, apply<T, P, false, F::kOther>},
-        {apply<T, P, true, F::kIdentity>, apply<T, P, true, F::kReLU>, apply<T, P, true, F::kOther>}},
-       {{apply<T, R, false, F::kIdentity>, apply<T, R, false, F::kReLU>, apply<T, R, false, F::kOther>},
-        {apply<T, R, true, F::kIdentity>, apply<T, R, true, F::kReLU>, apply<T, R, true, F::kOther>}}},
+      {{{apply<T, P, false, F::kIdentity>, apply<T, P, false, F::kReLU>, apply<T, P, false, F::kMaskedReLU>,
+         apply<T, P, false, F::kOther>},
+        {apply<T, P, true, F::kIdentity>, apply<T, P, true, F::kReLU>, apply<T, P, true, F::kMaskedReLU>,
+         apply<T, P, true, F::kOther>}},
+       {{apply<T, R, false, F::kIdentity>, apply<T, R, false, F::kReLU>, apply<T, R, false, F::kMaskedReLU>,
+         apply<T, R, false, F::kOther>},
+        {apply<T, R, true, F::kIdentity>, apply<T, R, true, F::kReLU>, apply<T, R, true, F::kMaskedReLU>,
+         apply<T, R, true, F::kOther>}}},
       {{{grad_apply<T, P, false, B::kIdentity>, grad_apply<T, P, false, B::kReLU>,
          grad_apply<T, P, false, B::kMaskedReLU>, grad_apply<T, P, false, B::kOther>},
         {grad_apply<T, P, true, B::kIdentity>, grad_apply<T, P, true, B::kReLU>, grad_apply<T, P, true, B::kMaskedReLU>,

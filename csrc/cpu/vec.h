@@ -76,10 +76,19 @@ template <class A>
 BNFUSED_INLINE Vec<A> select(typename Vec<A>::Bits where, Vec<A> yes, Vec<A> no) {
   return where ? yes.v : no.v;
 }
-// NaN in `a` stays NaN.
+// NaN in `a` stays NaN: the instruction's answer is its second operand then. Compilers do not find it in a select.
 template <class A>
 BNFUSED_INLINE Vec<A> at_least(Vec<A> a, A low) {
-  return select<A>(a <= Vec<A>(low), Vec<A>(low), a);
+#if defined(BNFUSED_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    return Vec<A>(_mm512_max_ps(Vec<A>(low).v, a.v));
+  } else {
+    return Vec<A>(_mm512_max_pd(Vec<A>(low).v, a.v));
+  }
+#elif defined(BNFUSED_AVX2)
+  if constexpr (std::is_same_v<A, float>) return Vec<A>(_mm256_max_ps(Vec<A>(low).v, a.v));
+#endif
+  return select<A>(Vec<A>(low) > a, Vec<A>(low), a);
 }
 template <class A>
 BNFUSED_INLINE Vec<A> at_most(Vec<A> a, A high) {
