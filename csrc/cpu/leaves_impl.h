@@ -52,19 +52,19 @@ BNFUSED_INLINE void store_lanes(T* p, Vec<Accumulate<T>> a, int64_t, Round& roun
 }
 
 template <class A>
-BNFUSED_INLINE void store_bits_lanes(uint8_t* p, typename Vec<A>::Bits where, std::integral_constant<int, kLanes<A>>) {
-  store_bits<A>(p, where);
+BNFUSED_INLINE void store_bits_lanes(uint8_t* p, uint32_t bits, std::integral_constant<int, kLanes<A>>) {
+  store_bits<A>(p, bits);
 }
 template <class A>
-BNFUSED_INLINE void store_bits_lanes(uint8_t* p, typename Vec<A>::Bits where, int lanes) {
-  store_bits_first<A>(p, where, lanes);
+BNFUSED_INLINE void store_bits_lanes(uint8_t* p, uint32_t bits, int lanes) {
+  store_bits_first<A>(p, bits, lanes);
 }
 template <class A>
-BNFUSED_INLINE typename Vec<A>::Bits load_bits_lanes(const uint8_t* p, std::integral_constant<int, kLanes<A>>) {
+BNFUSED_INLINE uint32_t load_bits_lanes(const uint8_t* p, std::integral_constant<int, kLanes<A>>) {
   return load_bits<A>(p);
 }
 template <class A>
-BNFUSED_INLINE typename Vec<A>::Bits load_bits_lanes(const uint8_t* p, int lanes) {
+BNFUSED_INLINE uint32_t load_bits_lanes(const uint8_t* p, int lanes) {
   return load_bits_first<A>(p, lanes);
 }
 
@@ -147,7 +147,7 @@ BNFUSED_INLINE void apply_with(const ApplyArgs<T>& args_in, Round& round) {
         if (kMasked || args.residual) z = z + load_lanes(args.residual + at, lanes, V(A(0)));
         if constexpr (kMasked) {
           uint8_t* bits = args.mask + (run + r) * args.runs.mask_stride + i / 8;
-          store_bits_lanes<A>(bits, ~(z <= V(kRoundsToZero<T>)), lanes);
+          store_bits_lanes<A>(bits, bits_above(z, kRoundsToZero<T>), lanes);
         }
         if constexpr (kMasked || kKind == Forward::kReLU) z = relu(z);
         if constexpr (kKind == Forward::kOther) z = value(args.epilogue, z);
@@ -441,7 +441,7 @@ BNFUSED_INLINE Pair<Accumulate<T>> gated(const GradArgs<T>& args, const C& c, in
     g = select<A>(z <= V(kRoundsToZero<T>), V(A(0)), g);
   } else if constexpr (kKind == Backward::kMaskedReLU) {
     const uint8_t* bits = args.mask + run * args.runs.mask_stride + i / 8;
-    g = select<A>(load_bits_lanes<A>(bits, lanes), g, V(A(0)));
+    g = select_bits(load_bits_lanes<A>(bits, lanes), g, V(A(0)));
   } else if constexpr (kKind == Backward::kOther) {
     V z = fma(d, c[kScale], c[kShift]);
     if (args.residual) z = z + load_lanes(args.residual + at, lanes, V(A(0)));

@@ -367,60 +367,62 @@ BNFUSED_INLINE void stream(T* p, Vec<Accumulate<T>> a, Round& round) {
 #endif
 }
 
-// ---- one bit for each lane
+// ---- one bit for each lane, the first lane's the lowest
 
+// Whether a lane is above the limit, or NaN.
 template <class A>
-BNFUSED_INLINE void store_bits(uint8_t* p, typename Vec<A>::Bits where) {
+BNFUSED_INLINE uint32_t bits_above(Vec<A> a, A limit) {
 #if defined(BNFUSED_AVX512)
   if constexpr (std::is_same_v<A, float>) {
-    write_as(p, (uint16_t)_mm512_movepi32_mask((__m512i)where));
+    return _mm512_cmp_ps_mask(a.v, Vec<A>(limit).v, _CMP_NLE_UQ);
   } else {
-    *p = (uint8_t)_mm512_movepi64_mask((__m512i)where);
+    return _mm512_cmp_pd_mask(a.v, Vec<A>(limit).v, _CMP_NLE_UQ);
   }
 #else
+  const auto where = ~(a <= Vec<A>(limit));
 #if defined(BNFUSED_AVX2)
-  if constexpr (std::is_same_v<A, float>) {
-    *p = (uint8_t)_mm256_movemask_ps((__m256)where);
-    return;
-  }
+  if constexpr (std::is_same_v<A, float>) return _mm256_movemask_ps((__m256)where);
 #endif
   uint32_t bits = 0;
-  for (int i = 0; i < 8; ++i) bits |= uint32_t(where[i] & 1) << i;
-  *p = (uint8_t)bits;
+  for (int i = 0; i < kLanes<A>; ++i) bits |= uint32_t(where[i] & 1) << i;
+  return bits;
 #endif
 }
 
-// The bytes that n lanes need, n at most a vector.
 template <class A>
-BNFUSED_INLINE void store_bits_first(uint8_t* p, typename Vec<A>::Bits where, int n) {
-  const auto kept = where & first_lanes<A>(n);
-  if (n > 8) {
-    store_bits<A>(p, kept);
-    return;
-  }
-  uint8_t bytes[2];
-  store_bits<A>(bytes, kept);
-  *p = bytes[0];
-}
-
-template <class A>
-BNFUSED_INLINE typename Vec<A>::Bits load_bits(const uint8_t* p) {
-  using Bits = typename Vec<A>::Bits;
+BNFUSED_INLINE Vec<A> select_bits(uint32_t bits, Vec<A> yes, Vec<A> no) {
 #if defined(BNFUSED_AVX512)
   if constexpr (std::is_same_v<A, float>) {
-    return (Bits)_mm512_movm_epi32(read_as<uint8_t, uint16_t>(p));
+    return Vec<A>(_mm512_mask_blend_ps(static_cast<__mmask16>(bits), no.v, yes.v));
   } else {
-    return (Bits)_mm512_movm_epi64(*p);
+    return Vec<A>(_mm512_mask_blend_pd(static_cast<__mmask8>(bits), no.v, yes.v));
   }
 #else
-  Bits bit;
-  for (int i = 0; i < 8; ++i) bit[i] = 1 << i;
-  return (bit & *p) == bit;
+  typename Vec<A>::Bits bit;
+  for (int i = 0; i < kLanes<A>; ++i) bit[i] = 1 << i;
+  return select<A>((bit & bits) == bit, yes, no);
 #endif
 }
 
 template <class A>
-BNFUSED_INLINE typename Vec<A>::Bits load_bits_first(const uint8_t* p, int n) {
-  uint8_t bytes[2] = {p[0], n > 8 ? p[1] : uint8_t(0)};
-  return load_bits<A>(bytes);
+BNFUSED_INLINE void store_bits(uint8_t* p, uint32_t bits) {
+  p[0] = static_cast<uint8_t>(bits);
+  if constexpr (kLanes<A> > 8) p[1] = static_cast<uint8_t>(bits >> 8);
+}
+// The bytes that n lanes need, n at most a vector; the bits of other lanes are 0.
+template <class A>
+BNFUSED_INLINE void store_bits_first(uint8_t* p, uint32_t bits, int n) {
+  bits &= (1u << n) - 1;
+  p[0] = static_cast<uint8_t>(bits);
+  if (n > 8) p[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+template <class A>
+BNFUSED_INLINE uint32_t load_bits(const uint8_t* p) {
+  if constexpr (kLanes<A> > 8) return read_as<uint8_t, uint16_t>(p);
+  return p[0];
+}
+template <class A>
+BNFUSED_INLINE uint32_t load_bits_first(const uint8_t* p, int n) {
+  return p[0] | (n > 8 ? uint32_t(p[1]) << 8 : 0);
 }
