@@ -2,9 +2,16 @@
 
 _SAME = {
     "of two equal numbers either will do": """
-        accumulators.cuh: > off by one: squares > FLT_MAX
+        accumulators.cuh: <= off by one: squares <= FLT_MAX
         accumulators.cuh: < off by one: m2 < 0
         batch_norm_gather_stats.cuh: > off by one: all.count > 1
+        pointwise.cuh: < off by one: z < low
+        sweep.cuh: < off by one: s.units - begin < s.units_per_block
+    """,
+    "of zero either makes zero": """
+        pointwise.cuh: <= off by one: z[k] <= 0
+        pointwise.cuh: > off by one: z > 0
+        pointwise.cuh: > off by one: z > 0 (again, 1)
     """,
     "it only saves work: what it lets through has no values, and comes to nothing": """
         batch_norm_backward.cuh: if never: at.span.empty()
@@ -17,23 +24,38 @@ _SAME = {
         batch_norm_resident.cuh: < off by one: tile < s.tiles
         batch_norm_stats.cuh: if always: !at.span.empty()
         batch_norm_stats.cuh: if never: count == 0 (again, 1)
-        batch_norm_stats.cuh: if always: !span.whole()
-        batch_norm_stats.cuh: if always: !spans[i].whole()
         batch_norm_stats.cuh: && without: row < end
         batch_norm_stats.cuh: < off by one: row < end (again, 1)
         batch_norm_stats.cuh: < off by one: number_of(step) < block.end
         batch_norm_stats.cuh: > off by one: rest.end > 0
         batch_norm_stats.cuh: && without: rest.end > 0
-        layout.cuh: if never: s.inner % kUnit == 0
         layout.cuh: if always: first + i * lanes < partials (again, 1)
-        layout.cuh: ? never: channels < blockDim.x
+        layout.cuh: < off by one: first + i * lanes < partials (again, 1)
         layout.cuh: ? never: partials < most
         layout.cuh: < off by one: base < channels
         layout.cuh: < off by one: first < partials
+        pack.cuh: >= off by one: begin >= end
+        sweep.cuh: < off by one: done < rows
+        sweep.cuh: < off by one: unit < end
+        sweep.cuh: > off by one: left > 0
+        sweep.cuh: if always: !at.span.empty() (again, 1)
+    """,
+    "it only saves work: what it leaves to do finds the same": """
+        batch_norm_stats.cuh: if always: !span.whole()
+        batch_norm_stats.cuh: if always: !spans[i].whole()
+        layout.cuh: if never: s.inner % kUnit == 0
+        layout.cuh: ? never: channels < blockDim.x
         layout.cuh: missing: __nanosleep(64);
+        sweep.cuh: ? never: s.copies == 1
+        sweep.cuh: if never: place + kUnit <= s.inner
+        sweep.cuh: <= off by one: place + kUnit <= s.inner
+    """,
+    "a division finds the same, but for planes of more than 2^32 values": """
+        sweep.cuh: ? never: at < 2 * s.inner
+    """,
+    "it ends or awaits a group of no copies; for a GPU that has no copies, nvcc refuses it": """
         on_chip.cuh: if always: fetched
         on_chip.cuh: if always: fetched_
-        pack.cuh: >= off by one: begin >= end
     """,
     "what is kept of no unit is not recalled": """
         batch_norm_backward.cuh: if always: r < end && unit < units (again, 1)
@@ -44,14 +66,15 @@ _SAME = {
         batch_norm_stats.cuh: if always: row + i * s.lanes < end
         batch_norm_stats.cuh: < off by one: row + i * s.lanes < end
     """,
+    "the step before the first is the largest number, and no unit of that step is kept": """
+        sweep.cuh: if always: done + i < rows
+        sweep.cuh: < off by one: done + i < rows (again, 1)
+    """,
     "it writes what is there": """
+        batch_norm_stats.cuh: missing: total[k].count = merged;
         batch_norm_backward.cuh: if always: !fetched
         batch_norm_backward.cuh: if never: fetched
         batch_norm_resident.cuh: && without: !kept.has_fetched(step, span)
-        batch_norm_stats.cuh: missing: total[k].count = total[0].count;
-    """,
-    "a quotient of equal numbers is 1 here, and on a GPU nearly": """
-        accumulators.cuh: ? never: count == 0
     """,
     "float64 does not need it, and is as accurate with it": """
         accumulators.cuh: < off by one: sizeof(A) < sizeof(double)

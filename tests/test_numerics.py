@@ -152,6 +152,14 @@ def test_constant_channel_past_the_root_of_the_range(backend, where, value):
     checks.check_constant_channels(backend.batch_norm, p)
 
 
+@pytest.mark.parametrize("where", ["nchw", "nchw, planes of 49", "channels_last", "rows"])
+def test_constant_at_the_end_of_the_range(backend, where):
+    """The same where a sum of two values is infinite. Trap: a mean that starts from 0, and with the sum is given up."""
+    shape, layout = SHAPES[where]
+    p = cases.make(shape, layout=layout, regime=lambda x: torch.full_like(x, 3e38))
+    checks.check_constant_channels(backend.batch_norm, p)
+
+
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "frozen"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -161,9 +169,10 @@ def test_constant_channel_past_the_root_of_the_range(backend, where, value):
         ((3, 5, 4, 6), "contiguous"),
         ((3, 5, 4, 6), "channels_last"),
         ((30, 5), "contiguous"),
+        ((1030, 16), "contiguous"),
         ((3, 64, 7), "contiguous"),
     ],
-    ids=["nchw", "channels_last", "rows", "short planes"],
+    ids=["nchw", "channels_last", "rows", "many rows", "short planes"],
 )
 def test_nonfinite_stays_in_its_channel(backend, shape, layout, value, mode, activation):
     """One Inf or NaN changes no bit of any other channel, whose values may share a vector with it."""
@@ -264,6 +273,20 @@ def test_sums_past_the_range(backend, where):
     shape, layout = SHAPES[where]
     p = cases.make(shape, layout=layout, regime=lambda x: 5e37 * x.sign(), running=False)
     checks.check_against_oracle(backend.batch_norm, p, needs=())
+
+
+@pytest.mark.parametrize("where", ["nchw", "nchw, short planes", "channels_last", "rows"])
+def test_sums_past_the_range_beside_ordinary_values(backend, where):
+    """The same in one channel of many.
+
+    Traps: an infinite sum makes an infinite shift, and that squares of NaN, which are not past the range; what is then
+    done to the channels that share a vector with it, whose squares leave the range at its other end.
+    """
+    shape, layout = SHAPES[where]
+    p = cases.make(shape, layout=layout, running=False)
+    x = p.x.clone()
+    x[:, 1] = 8e37 * x[:, 1].sign()
+    checks.check_against_oracle(backend.batch_norm, p.but(x=x), needs=())
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 10.0])

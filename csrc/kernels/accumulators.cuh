@@ -70,7 +70,8 @@ struct Run {
   A shift = 0;
   Sum sum = 0, squares = 0;
 
-  __device__ __forceinline__ bool overflowed() const { return sizeof(A) < sizeof(double) && squares > FLT_MAX; }
+  // Also where the squares are NaN, of an infinite shift or sum.
+  __device__ __forceinline__ bool overflowed() const { return sizeof(A) < sizeof(double) && !(squares <= FLT_MAX); }
 
   // Scaled without another rounding, and before a difference could overflow.
   __device__ __forceinline__ A difference(A value, A scale) const { return fma(value, scale, -shift); }
@@ -81,10 +82,9 @@ struct Run {
     squares = fma(d, d, squares);
   }
 
-  // Moves the shift to the mean of the `count` values so far, unless that is infinite or NaN.
+  // Moves the shift to the mean of the `count` values so far.
   __device__ __forceinline__ void recenter(A count) {
     const A target = shift + quotient(sum, count), moved = target - shift;
-    if (!(moved - moved == 0)) return;
     const Sum rest = fma(-count, moved, sum);
     squares -= moved * (sum + rest);
     sum = rest;

@@ -39,10 +39,12 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
   const uint32_t end = part_end < rows ? part_end : rows;
   const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
   uint32_t row = begin + thread.lane, done = 0;  // units
+  A merged = 0;
   while (row < end) {
     Run<A, A> run[kUnit];
     A count = 0;
     A scale = 1;
+    unsigned left = (1u << kUnit) - 1;  // columns to be merged
     for (;;) {
       for (int step = 0; step < kStepsOfRun && row < end; ++step) {
         Pack<T> packs[kLoads];
@@ -82,10 +84,18 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
           }
         }
       }
-      bool overflowed = false;
+      // A column whose squares overflowed is added up again, smaller: its neighbours may be too small for that.
+      unsigned overflowed = 0;
 #pragma unroll
-      for (int k = 0; k < kUnit; ++k) overflowed |= run[k].overflowed();
-      if (!overflowed || scale != 1) break;
+      for (int k = 0; k < kUnit; ++k) overflowed |= unsigned(scale == 1 && run[k].overflowed()) << k;
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) {
+        Moments<A> with{total[k].mean, total[k].m2, merged};
+        with.merge(run[k].moments(count, scale));
+        if ((left & ~overflowed) >> k & 1) total[k] = with;
+      }
+      if (overflowed == 0) break;
+      left = overflowed;
       scale = kShrink;
       row -= uint32_t(count) * s.lanes;
       done -= uint32_t(count);
@@ -93,12 +103,11 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) run[k] = {};
     }
-#pragma unroll
-    for (int k = 0; k < kUnit; ++k) total[k].merge(run[k].moments(count, scale));
-    // They have as many values each. Said so, the compiler keeps one count in a register and not eight.
-#pragma unroll
-    for (int k = 1; k < kUnit; ++k) total[k].count = total[0].count;
+    merged += count;
   }
+  // They have as many values each. Said so, the compiler keeps one count in a register and not eight.
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) total[k].count = merged;
   // The last unit of the tensor, if it is not whole, is in the last row.
   const Span rest = span_of(whole_units, numel);
   if (rest.end > 0 && thread.column == whole_units % s.columns && row == s.rows - 1 && thread.part == s.parts - 1) {
@@ -141,11 +150,10 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
   const auto number_of = [&](uint32_t step) { return block.begin + threadIdx.x + step * blockDim.x; };
   for (uint32_t step = 0; number_of(step) < block.end; step += kLoads) {
     Pack<T> packs[kLoads];
-    Span spans[kLoads];
+    Span spans[kLoads] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const uint32_t number = number_of(step + i);
-      spans[i] = {0, 0};
       if (number < block.end) {
         const PlaneUnit at(s, block.channel, number);
         spans[i] = at.span;
