@@ -570,6 +570,33 @@ def test_the_first_moments_are_taken_as_they_are(backend, layout):
     checks.check_constant_channels(backend.batch_norm, p)
 
 
+def test_sums_are_added_in_short_runs():
+    """Of rows, 32 values of float32 are added in float32, and the runs in float64: 32 roundings of 2^-24 at most, with
+    that of the result.
+
+    Trap: a run without an end. Each of a thread's 256 terms is 1 and just less than half a unit in the last place of
+    what lies between 128 and 256, so that the last 128 lose 2^-17 each: 2^-18 of the sum.
+    """
+    lanes, values = 256, 256
+    term = 1 + 2.0**-17 - 2.0**-23
+    x = torch.full((values, lanes, 8), term**0.5)
+    x[1::2] *= -1  # a mean of 0
+    x = x.view(-1, 8)
+    mean, var = torch.zeros(8), torch.ones(8)
+    with emulated.settings(strategy="small"):
+        emulated.take_launches()
+        (_, *saved) = emulated.ops().batch_norm_train(x, None, None, mean, var, None, None, 1.0, 1e-5, IDENTITY, 0.0)
+        needs = [True, False, True, False]
+        grads = emulated.ops().batch_norm_backward(
+            torch.full_like(x, term), x, None, torch.zeros(8), None, *saved, IDENTITY, 0.0, True, needs
+        )
+        launches = emulated.take_launches()
+    assert [(launch.grid, launch.block) for launch in launches] == [(1, lanes)] * 2
+    rounding = {"rtol": 32 * 2.0**-24, "atol": 0.0}
+    torch.testing.assert_close(var.double(), x.double().var(0), **rounding)
+    torch.testing.assert_close(grads[2].double(), torch.full((8,), term * len(x), dtype=torch.float64), **rounding)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_statistics_of_no_values(layout):
     """Without values the statistics that are handed back are 0 in training, and the running ones frozen; none is left

@@ -72,7 +72,8 @@ const Case kCases[] = {
     {"planes_streaming_last_unit", {1, 1, 10, kHalf}, true, kReLU, true, Strategy::kStreaming},
     {"planes_small", {2, 3, 640, kFloat}, true, kReLU, true, Strategy::kSmall},
     {"planes_small_odd", {5, 3, 7, kDouble}, true, kSiLU, false, Strategy::kSmall},
-    {"planes_frozen", {2, 3, 13, kFloat}, false, kReLU, true},
+    // Three blocks: the first two share a plane, whose channel is there a second time.
+    {"planes_frozen", {2, 3, 901, kFloat}, false, kReLU, true},
     {"planes_frozen_grad_x", {2, 5, 13, kHalf}, false, kIdentity, true, {}, 0, false},
     {"planes_parameters_only", {2, 5, 13, kFloat}, true, kReLU, false, {}, 0, true, false},
     // Four tiles, one after the other, by three blocks that keep all of it, and by two that keep a part.
