@@ -250,7 +250,10 @@ class Sweep:
             file, fault = WORK / f"fault{i}", self.faults[i]
             by = file.read_text() if file.exists() and status else ""
             file.unlink(missing_ok=True)
-            how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "fails"
+            how = "fails"
+            if os.WIFSIGNALED(status):
+                by_signal = signal.Signals(os.WTERMSIG(status))
+                how = "hangs" if by_signal == signal.SIGPROF else by_signal.name
             if not status and known(i):
                 bar.console.print(f"survives: {fault.file}:{fault.line}: {fault.what}: {fault.text}", markup=False)
             self.results[str(fault)] = {"by": by, "how": how if status else "", "version": version[fault.file]}
@@ -274,13 +277,16 @@ def report(sweep: Sweep, console: Console) -> int:
     """Prints what became of each fault; how many are not as they should be."""
     table = Table("fault", "", "found by", box=None)
     wrong = 0
+    suites: Counter[str] = Counter()
     for i in sweep.wanted:
         fault = sweep.faults[i]
         result, why = sweep.results[str(fault)], EQUIVALENT.get(str(fault))
         by = f"{result['how']}: {result['by']}" if result["how"] else f"equivalent: {why}" if why else "SURVIVES"
         wrong += bool(result["how"]) == bool(why)
+        suites[result["by"].partition("::")[0] or "none"] += 1
         table.add_row(f"{fault.file}:{fault.line}", escape(f"{fault.what}: {fault.text}"), escape(by))
     console.print(table)
+    console.print("found by " + ", ".join(f"{suite}: {n}" for suite, n in suites.most_common()))
     console.print(f"{len(sweep.wanted)} faults; {wrong} survive, or are found and said to be equivalent")
     return wrong
 
