@@ -289,6 +289,17 @@ def test_sums_past_the_range_beside_ordinary_values(backend, where):
     checks.check_against_oracle(backend.batch_norm, p.but(x=x), needs=())
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_silu_far_out(backend, residual):
+    """Its gradient has z times what the sigmoid lacks of 1: not z times the error of a sigmoid next to 1."""
+    z = torch.linspace(-50, 1000, 4 * 5 * 77).view(4, 5, 77)
+    p = checks.tie_problem("silu", torch.float32, residual=residual)
+    stats = {"running_mean": torch.zeros(5), "running_var": torch.ones(5)}
+    x = z / 2 if residual else z
+    p = p.but(x=x, residual=x.clone() if residual else None, grad_y=torch.randn_like(z), **stats)
+    checks.check_against_oracle(backend.batch_norm, p)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 10.0])
 def test_eps_is_inside_the_root(backend, eps):
     """From negligible to dominating."""

@@ -197,8 +197,9 @@ struct AnyActivation {
         return for_each_value(gradients, at, [=](A g, A z) { return z > 0 ? g : g * parameter * exp(z); });
       case Activation::kSiLU:
         return for_each_value(gradients, at, [](A g, A z) {
-          const A s = sigmoid(z);
-          return g * s * fma(z, A(1) - s, A(1));
+          const A e = exp(-z), s = quotient(A(1), A(1) + e);
+          // Close to 1, 1 - s would be the error of s, which z makes larger.
+          return g * s * fma(z, z > 0 ? e * s : A(1) - s, A(1));
         });
       case Activation::kGELU:
         return for_each_value(gradients, at, [](A g, A z) {

@@ -232,12 +232,8 @@ inline double rsqrt_of(double x) { return 1.0 / std::sqrt(x); }
 #define rsqrtf(x) bnfused::emulator::rsqrt_of(static_cast<float>(x))  // a macro: newer C libraries have their own
 #define rsqrt(x) bnfused::emulator::rsqrt_of(x)
 inline float __frcp_rn(float x) { return 1.0f / x; }
-// As far from the quotient as CUDA allows, 2 units in the last place, so that nobody relies on a / a being 1. Not by a
-// power of two, whose reciprocal a GPU has exactly.
-inline float __fdividef(float a, float b) {
-  const bool is_power_of_two = (bnfused::emulator::bits_as<unsigned>(b) & 0x7fffffu) == 0;
-  return a / b * (is_power_of_two ? 1.0f : 1 - 0x1p-23f);
-}
+// As far from the quotient as CUDA allows, 2 units in the last place, so that nobody relies on a / a being 1.
+inline float __fdividef(float a, float b) { return a / b * (1 - 0x1p-23f); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
