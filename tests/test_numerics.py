@@ -17,7 +17,7 @@ from bnfused import functional
 
 SHAPES = {
     "one block": ((4, 5, 7, 7), "contiguous"),
-    "nchw": ((6, 3, 40, 41), "contiguous"),
+    "nchw": ((5, 2, 90, 91), "contiguous"),  # two blocks, of four planes and of one
     "nchw, planes of 49": ((33, 12, 7, 7), "contiguous"),
     "nchw, short planes": ((90, 64, 7, 7), "contiguous"),
     "channels_last": ((6, 16, 20, 21), "channels_last"),
