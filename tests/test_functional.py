@@ -516,6 +516,18 @@ def test_ties_in_training(backend, activation, layout):
     checks.check_against_oracle(backend.batch_norm, p.but(residual=None))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_relu_lets_the_gradient_of_nan_pass(backend, layout, dtype):
+    """As torch's: it is held back where z <= 0, which NaN is not. The mask of a residual has it so too."""
+    p = cases.make((2, 19, 3, 5), layout=layout, dtype=dtype, residual=True, activation="relu", training=False)
+    nan = torch.rand_like(p.x) < 0.3
+    p = p.but(residual=p.residual.masked_fill(nan, math.nan))
+    values = checks.run(backend.batch_norm, p).values
+    assert values["y"][nan].isnan().all()
+    assert torch.equal(values["grad_residual"][nan], p.grad_y[nan])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "rows"])
