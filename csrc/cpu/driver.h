@@ -3,7 +3,7 @@
 #pragma once
 #include <ATen/Parallel.h>
 #if defined(__x86_64__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include <algorithm>
