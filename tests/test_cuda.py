@@ -264,6 +264,23 @@ def test_compiled(mode: str) -> None:
     torch.testing.assert_close(module.running_var, eager.running_var)
 
 
+def test_nothing_stays_in_the_memory_pool_of_a_call() -> None:
+    """Of the first call on a stream: the counters, which later calls use, come from elsewhere.
+
+    Trap: a pool of torch's CUDA graphs, which finds memory in use that is no output of the graph and refuses.
+    """
+    step = Step((32, 96, 28, 28), torch.channels_last)
+    pool = torch.cuda.MemPool()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()), torch.cuda.use_mem_pool(pool):
+        results = step.run()
+    torch.cuda.synchronize()
+    del results
+    states = [block["state"] for segment in pool.snapshot() for block in segment["blocks"]]
+    assert states
+    assert "active_allocated" not in states
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [

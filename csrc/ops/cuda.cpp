@@ -57,24 +57,55 @@ struct Call {
   cudaStream_t stream;
 };
 
-// Counters that are 0 between launches. Launches on one stream follow each other and share them; launches on two may
-// overlap and must not. While a graph is captured they are the graph's own, cleared whenever it is replayed: it may be
-// replayed on any stream.
-at::Tensor tickets_for(const Call& call, int64_t count) {
-  const auto options = at::TensorOptions().dtype(at::kInt).device(call.device);
+struct Tickets {
+  unsigned* data = nullptr;
+  at::Tensor own;  // of this call alone
+};
+
+// Kept for every stream: launches on one follow each other and share them; launches on two may overlap and must not.
+// Not from torch's allocator: which of its pools (of a graph, of torch.cuda.use_mem_pool) is in use at this call must
+// not matter to later ones. nullptr where there is no memory.
+unsigned* kept_tickets(const Call& call, int64_t count) {
+  struct Kept {
+    unsigned* data = nullptr;
+    int64_t count = 0;
+  };
+  static std::mutex mutex;
+  static auto& kept = *new std::map<std::pair<int, cudaStream_t>, Kept>;  // outlives the CUDA context on purpose
+  const std::lock_guard<std::mutex> lock(mutex);
+  Kept& tickets = kept[{call.device.index(), call.stream}];
+  if (tickets.count >= count) return tickets.data;
+  constexpr int64_t kAtLeast = 4096;  // 16 KiB: no network's layer asks for more
+  const Kept larger{nullptr, std::max(count, kAtLeast)};
+  const size_t bytes = size_t(larger.count) * sizeof(unsigned);
+  // Else to allocate would end the capture of a graph on another thread.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), call.op);
+  void* data = nullptr;
+  cudaError_t status = cudaMalloc(&data, bytes);
+  if (status == cudaSuccess) status = cudaMemsetAsync(data, 0, bytes, call.stream);
+  check(cudaThreadExchangeStreamCaptureMode(&mode), call.op);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // or a later call would find it
+    return nullptr;
+  }
+  check(status, call.op);
+  // The smaller ones stay: launches that use them may be under way.
+  tickets = {static_cast<unsigned*>(data), larger.count};
+  return tickets.data;
+}
+
+// Counters that are 0 between launches. While a graph is captured they are the graph's own, cleared whenever it is
+// replayed: it may be replayed on any stream.
+Tickets tickets_for(const Call& call, int64_t count) {
+  if (count == 0) return {};
   cudaStreamCaptureStatus capture;
   check(cudaStreamIsCapturing(call.stream, &capture), call.op);
-  if (capture != cudaStreamCaptureStatusNone) return at::zeros({count}, options);
-
-  static std::mutex mutex;
-  static auto& kept = *new std::map<std::pair<int, cudaStream_t>, at::Tensor>;  // outlives the CUDA context on purpose
-  const std::lock_guard<std::mutex> lock(mutex);
-  at::Tensor& tickets = kept[{call.device.index(), call.stream}];
-  if (!tickets.defined() || tickets.numel() < count) {
-    constexpr int64_t kAtLeast = 4096;  // 16 KiB: no network's layer asks for more
-    tickets = at::zeros({std::max(count, kAtLeast)}, options);
+  if (capture == cudaStreamCaptureStatusNone) {
+    if (unsigned* kept = kept_tickets(call, count)) return {kept, {}};
   }
-  return tickets;
+  const at::Tensor own = at::zeros({count}, at::TensorOptions().dtype(at::kInt).device(call.device));
+  return {static_cast<unsigned*>(own.mutable_data_ptr()), own};
 }
 
 void check_fits(const Problem& p, const char* op) {
@@ -85,15 +116,13 @@ void check_fits(const Problem& p, const char* op) {
 struct Workspaces {
   Workspaces(const Call& call, const Plan& plan, const Problem& p) {
     partials = at::empty({cuda::workspace_bytes(plan, p)}, at::TensorOptions().dtype(at::kByte).device(call.device));
-    if (plan.tickets > 0) tickets = tickets_for(call, plan.tickets);
+    tickets = tickets_for(call, plan.tickets);
   }
 
-  cuda::Workspace get() const {
-    return {partials.mutable_data_ptr(),
-            tickets.defined() ? static_cast<unsigned*>(tickets.mutable_data_ptr()) : nullptr};
-  }
+  cuda::Workspace get() const { return {partials.mutable_data_ptr(), tickets.data}; }
 
-  at::Tensor partials, tickets;
+  at::Tensor partials;
+  Tickets tickets;
 };
 
 // With a workspace for each plan that is tried.
@@ -119,8 +148,8 @@ struct Cuda {
 
   static void batch_norm_gather_stats(const GatherArgs& args, c10::Device device) {
     const Call call("bnfused::batch_norm_gather_stats", device);
-    const at::Tensor ticket = tickets_for(call, 1);
-    check(cuda::batch_norm_gather_stats(args, static_cast<unsigned*>(ticket.mutable_data_ptr()), call.stream), call.op);
+    const Tickets ticket = tickets_for(call, 1);
+    check(cuda::batch_norm_gather_stats(args, ticket.data, call.stream), call.op);
   }
 
   static void batch_norm_train(const TrainArgs& args, c10::Device device) {

@@ -54,10 +54,12 @@ RULES = (
 )
 
 # Of the CUDA runtime, what a launch may call. None of it waits for the GPU or ends the capture of a graph, also where
-# there is no room for blocks that wait and a second plan is launched; and none is a launch of its own.
+# there is no room for blocks that wait and a second plan is launched; and none is a launch of its own. But for
+# cudaMalloc and cudaMemsetAsync: of the counters of a stream, once, and not on one that is captured.
 RUNTIME = {
     *("cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaStreamIsCapturing"),
     *("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "cudaOccupancyMaxActiveClusters"),
+    *("cudaThreadExchangeStreamCaptureMode", "cudaMalloc", "cudaMemsetAsync"),
     "cudaLaunchKernelExC",
     *("cudaGetLastError", "cudaGetErrorName", "cudaGetErrorString"),
 }
