@@ -13,6 +13,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
 #include <utility>
 
 // An object that the threads of a block share: BNFUSED_SHARED(float, sums, [32]). A macro, because the host device has
@@ -38,17 +41,23 @@ constexpr size_t kSharedUnasked = 16 * 1024;
 // Blocks of a cluster that every GPU which has clusters lets a kernel have.
 constexpr unsigned kClusterUnasked = 8;
 
-// What this device lets a kernel have only where it asks for it.
-template <class... Parameters>
-cudaError_t ask_for(const LaunchConfig& config, void (*kernel)(Parameters...)) {
-  cudaError_t status = cudaSuccess;
-  if (config.shared_bytes > kSharedUnasked) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes));
-  }
-  if (status == cudaSuccess && config.cluster > kClusterUnasked) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  return status;
+// What one kernel was allowed on one device, and how much of it has room there. The limit of shared memory belongs to
+// the kernel and not to a launch: lowered again for one, it would fail another thread's. Each question takes a
+// microsecond.
+struct KernelOnDevice {
+  size_t shared_bytes = kSharedUnasked;  // dynamic
+  bool any_cluster = false;
+  std::map<std::tuple<unsigned, size_t, unsigned>, unsigned> room;  // by threads, dynamic shared memory and cluster
+};
+
+struct KnownKernels {
+  std::mutex mutex;
+  std::map<std::pair<int, const void*>, KernelOnDevice> known;
+};
+
+inline KnownKernels& known_kernels() {
+  static auto& all = *new KnownKernels;
+  return all;
 }
 
 // A configuration in CUDA's words; `attributes` has room for two.
@@ -73,41 +82,65 @@ inline cudaLaunchConfig_t launch_config(const LaunchConfig& config, cudaLaunchAt
   return c;
 }
 
-// Whether the device has room for all blocks at once. A cooperative launch finds that out too, but as an error that
-// ends the capture of a graph.
-template <class... Parameters>
-cudaError_t check_resident(const LaunchConfig& config, void (*kernel)(Parameters...)) {
-  int device = 0, sms = 0, blocks_per_sm = 0;
+// Lets the kernel have what the launch needs, and says in `room`, if not nullptr, of how many of its clusters (blocks,
+// where it has none) the device has room at once.
+inline cudaError_t prepare(const LaunchConfig& config, const void* kernel, unsigned* room) {
+  if (config.shared_bytes <= kSharedUnasked && config.cluster <= kClusterUnasked && !room) return cudaSuccess;
+  int device = 0;
   cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) {
-    status =
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, int(config.block), config.shared_bytes);
-  }
   if (status != cudaSuccess) return status;
-  return config.grid <= unsigned(sms) * unsigned(blocks_per_sm) ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge;
+  const std::lock_guard<std::mutex> lock(known_kernels().mutex);
+  KernelOnDevice& known = known_kernels().known[{device, kernel}];
+  if (config.shared_bytes > known.shared_bytes) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes));
+    if (status != cudaSuccess) return status;
+    known.shared_bytes = config.shared_bytes;
+  }
+  if (config.cluster > kClusterUnasked && !known.any_cluster) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status != cudaSuccess) return status;
+    known.any_cluster = true;
+  }
+  if (!room) return cudaSuccess;
+  const auto shape = std::make_tuple(config.block, config.shared_bytes, config.cluster);
+  const auto found = known.room.find(shape);
+  if (found != known.room.end()) {
+    *room = found->second;
+    return cudaSuccess;
+  }
+  int count = 0, sms = 1;
+  if (config.cluster > 1) {
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t c = launch_config(config, attributes);
+    status = cudaOccupancyMaxActiveClusters(&count, kernel, &c);
+    if (status == cudaErrorInvalidClusterSize) {
+      status = cudaSuccess;
+      cudaGetLastError();  // or a later call would find it
+    }
+  } else {
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(&count, kernel, int(config.block),
+                                                                    config.shared_bytes, cudaOccupancyDefault);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status == cudaSuccess) *room = known.room[shape] = unsigned(count) * unsigned(sms);
+  return status;
 }
 
 // How many of the launch's clusters the device has room for at once.
 template <class... Parameters>
 cudaError_t clusters_at_once(const LaunchConfig& config, void (*kernel)(Parameters...), unsigned* clusters) {
-  cudaError_t status = ask_for(config, kernel);
-  if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = launch_config(config, attributes);
-  int count = 0;
-  status = cudaOccupancyMaxActiveClusters(&count, kernel, &c);
-  *clusters = unsigned(count);
-  if (status != cudaErrorInvalidClusterSize) return status;
-  cudaGetLastError();  // or a later call would find it
-  return cudaSuccess;
+  return prepare(config, reinterpret_cast<const void*>(kernel), clusters);
 }
 
+// cudaErrorCooperativeLaunchTooLarge, where the device has no room for blocks that wait for each other, comes from here
+// and not from the launch: there it would end the capture of a graph.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  cudaError_t status = ask_for(config, kernel);
-  if (status == cudaSuccess && config.cooperative) status = check_resident(config, kernel);
+  unsigned blocks = 0;
+  const cudaError_t status =
+      prepare(config, reinterpret_cast<const void*>(kernel), config.cooperative ? &blocks : nullptr);
   if (status != cudaSuccess) return status;
+  if (config.cooperative && config.grid > blocks) return cudaErrorCooperativeLaunchTooLarge;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t c = launch_config(config, attributes);
   return cudaLaunchKernelEx(&c, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...);
