@@ -118,7 +118,7 @@ struct Plan {
   Flat flat{};
   Residency residency{};
   int64_t partials = 0;  // of a Moments or a GradSums each
-  int64_t tickets = 0;   // counters that are 0 before and after; the last of them counts the batch
+  int64_t tickets = 0;   // counters that are 0 before and after; the last one of a forward counts the batch
   int launches = 0;
   int64_t bytes_read = 0, bytes_written = 0;  // of tensors, not of per-channel values
   const char* why = "";
@@ -601,6 +601,7 @@ inline Plan plan_backward(const Problem& p, const BackwardRequest& request, cons
       detail::choose_apply(&plan, p, device);
     }
   }
+  if (plan.partials == 0) plan.tickets = 0;  // there is no batch to count
   const int64_t a = p.numel() * detail::size_of(p.dtype);
   const auto read = [&](int64_t values) {
     const int64_t units_of_mask = request.mask ? (values + detail::kUnitValues - 1) / detail::kUnitValues : 0;

@@ -373,17 +373,16 @@ def test_clusters_give_the_same_bits(layout, shape, kib):
 
 
 def test_fewer_clusters_than_planned_take_more_tiles_each():
-    """Where others have a part of the device: all that are launched run at once, and give the same bits."""
-    inputs = tensors((64, 16, 8, 16), "planes", torch.float32, True)
-    grids, results = [], []
-    for taken in (0, 2):
-        with emulated.settings(strategy="resident", shared_per_sm=48 * 1024, sms_taken=taken):
-            outputs, (launch,) = train(*inputs, RELU)
-        assert launch.cluster == 2
-        grids.append(launch.grid)
+    """8 rounds become 9, by clusters that all run at once, with the same bits; 11 would leave too much idle."""
+    inputs = tensors((64, 72, 8, 16), "planes", torch.float32, True)
+    found, results = [], []
+    for taken in (0, 1, 2):
+        with emulated.settings(strategy="resident", sm_count=9, shared_per_sm=48 * 1024, sms_taken=taken):
+            outputs, launches = train(*inputs, RELU)
+        found.append([(launch.cluster, launch.grid) for launch in launches[:1]])
         results.append(outputs)
-    assert grids == [8, 4]
-    assert all(map(torch.equal, *results))
+    assert found == [[(2, 18)], [(2, 16)], [(1, 72)]]
+    assert all(map(torch.equal, *results[:2]))
 
 
 def test_what_there_is_room_for_is_launched():

@@ -102,7 +102,9 @@ def check_flat(shape: dict[str, int], problem: dict[str, int]) -> None:
     assert shape["planes_per_block"] >= 1 + -(-(values - 1) // problem["inner"])
 
 
-def check_residency(plan: dict[str, Any], launch: dict[str, Any], problem: dict[str, int], limits: Any) -> None:
+def check_residency(
+    op: str, plan: dict[str, Any], launch: dict[str, Any], problem: dict[str, int], limits: Any
+) -> None:
     """Teams that cover all tiles; where blocks wait for each other, all of them on the device at once.
 
     A cluster is a team that keeps its tile and needs no workspace, as large as the GPU allows, on one of its GPCs.
@@ -116,7 +118,8 @@ def check_residency(plan: dict[str, Any], launch: dict[str, Any], problem: dict[
         assert plan["values_kept"] == problem["outer"] * problem["channels"] * problem["inner"]
         assert domains == tiles or tiles == 1
     assert (plan["partials"] > 0) == (waits and launch["cluster"] == 1)
-    assert plan["tickets"] == (1 + 2 * domains if plan["partials"] else 1)
+    counts_batch = op != "backward"
+    assert plan["tickets"] == (1 + 2 * domains if plan["partials"] else counts_batch)
     assert launch["blocks"] == launch["teams"] * launch["parts"]
     assert 1 <= launch["teams"] <= tiles
     assert launch["teams"] == tiles or (waits and domains == tiles)
@@ -155,7 +158,7 @@ def check(op: str, plan: dict[str, Any], problem: dict[str, int], device: str) -
             check_flat(launch, problem)
             constants = launch["planes_per_block"]
         if launch["kernel"] in ("small", "resident"):
-            check_residency(plan, launch, problem, limits_of(device))
+            check_residency(op, plan, launch, problem, limits_of(device))
             continue
         static, single, double = SHARED_BYTES_OF[op][launch["kernel"]]
         assert static + constants * (double if problem["dtype"] == 3 else single) <= SHARED_BYTES, launch

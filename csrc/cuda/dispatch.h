@@ -80,8 +80,12 @@ cudaError_t launch_resident(const Plan& plan, const Shape& s, cudaStream_t strea
     unsigned at_once = 0;
     const cudaError_t status = clusters_at_once(c, kernel, &at_once);
     if (status != cudaSuccess) return status;
-    if (at_once == 0) return cudaErrorCooperativeLaunchTooLarge;
-    // A team that starts late begins with its first tile when the others are through with their last.
+    // Teams take their tiles in rounds, and in a last one that is not planned most of the device would have nothing to
+    // do. Fewer teams change little where each has many tiles.
+    const auto rounds = [&](unsigned teams) { return (s.domains() + teams - 1) / teams; };
+    if (at_once == 0 || (at_once < residency.teams && 8 * rounds(at_once) > 9 * rounds(residency.teams))) {
+      return cudaErrorCooperativeLaunchTooLarge;
+    }
     residency.teams = std::min(residency.teams, at_once);
     c.grid = residency.blocks(s.parts);
   }
