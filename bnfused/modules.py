@@ -7,9 +7,11 @@ it where somebody replaces the module (``SyncBatchNorm.convert_sync_batchnorm``)
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch._jit_internal import is_scripting
 
 from bnfused import functional
 
@@ -40,43 +42,45 @@ class _FusedForward:
             activation: one of ``bnfused.activations.ACTIVATIONS``, or None.
             activation_param: ``negative_slope`` of leaky_relu, ``alpha`` of elu.
         """
-        if isinstance(input, fx.Proxy):
-            fusion = {"residual": residual, "activation": activation, "activation_param": activation_param}
-            return _leaf_of_trace(self, input, fusion)
-        self._check_input_dim(input)
-        training = self.training
-        buffers, parameters = self._buffers, self._parameters
-        running_mean, running_var = _get(self, buffers, "running_mean"), _get(self, buffers, "running_var")
-        count = None
-        if training:
-            if self.track_running_stats:
-                count = _get(self, buffers, "num_batches_tracked")
+        if not is_scripting():  # torch.jit.script compiles what follows this block, and nothing of it
+            if isinstance(input, fx.Proxy):
+                fusion = {"residual": residual, "activation": activation, "activation_param": activation_param}
+                return _leaf_of_trace(self, input, fusion)
+            self._check_input_dim(input)
+            training = self.training
+            buffers, parameters = self._buffers, self._parameters
+            running_mean, running_var = _get(self, buffers, "running_mean"), _get(self, buffers, "running_var")
+            count = None
+            if training:
+                if self.track_running_stats:
+                    count = _get(self, buffers, "num_batches_tracked")
+                else:
+                    running_mean = running_var = None
             else:
-                running_mean = running_var = None
-        else:
-            # Buffers that are None mean that the batch's own statistics are used in eval too.
-            training = running_mean is None and running_var is None
-        return functional.batch_norm(
-            input,
-            running_mean,
-            running_var,
-            _get(self, parameters, "weight"),
-            _get(self, parameters, "bias"),
-            training,
-            self.momentum,
-            self.eps,
-            residual=residual,
-            activation=activation,
-            activation_param=activation_param,
-            num_batches_tracked=count,
-        )
+                # Buffers that are None mean that the batch's own statistics are used in eval too.
+                training = running_mean is None and running_var is None
+            return functional.batch_norm(
+                input,
+                running_mean,
+                running_var,
+                _get(self, parameters, "weight"),
+                _get(self, parameters, "bias"),
+                training,
+                self.momentum,
+                self.eps,
+                residual=residual,
+                activation=activation,
+                activation_param=activation_param,
+                num_batches_tracked=count,
+            )
+        if residual is not None or activation is not None:
+            raise RuntimeError("batch_norm: expected no residual and no activation in torch.jit.script, got one")
+        return self._forward_of_torch(input)
 
-    def __prepare_scriptable__(self: Any) -> nn.Module:
-        """What torch.jit.script compiles instead: torch's own module around the same parameters and buffers."""
-        plain: Any = next(cls for cls in type(self).__mro__ if cls.__module__ == nn.BatchNorm2d.__module__)
-        module: nn.Module = plain.__new__(plain)
-        vars(module).update(vars(self))
-        return module
+    # For torch.jit.script, which takes a method by its name.
+    _forward_of_torch = FunctionType(
+        nn.BatchNorm2d.forward.__code__, nn.BatchNorm2d.forward.__globals__, "_forward_of_torch"
+    )
 
 
 def _leaf_of_trace(module: nn.Module, input: fx.Proxy, fusion: dict[str, Any]) -> Any:

@@ -522,11 +522,16 @@ def test_jit_trace(training, grad):
 
 
 def test_jit_script():
-    """torch.jit.script compiles torch's own module in its place, around the same parameters and buffers."""
+    """torch.jit.script compiles torch's forward around the same parameters and buffers, and leaves the network alone.
+
+    Trap: a module that hands torch.jit another one to compile is replaced by it in the network that was scripted.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), bnfused.BatchNorm2d(4))
+        modules = list(network)
         scripted = torch.jit.script(network)
+        assert list(network) == modules
         x = torch.randn(2, 3, 5, 5)
         twin = torch.nn.BatchNorm2d(4)
         twin.load_state_dict(network[1].state_dict())
@@ -542,8 +547,9 @@ def test_jit_script():
             def forward(self, x):
                 return self.bn(x, x)
 
-        with pytest.raises(RuntimeError, match="Expected at most 2 arguments but found 3"):
-            torch.jit.script(Fused())
+        fused = torch.jit.script(Fused())
+        with pytest.raises(torch.jit.Error, match="expected no residual and no activation in torch.jit.script"):
+            fused(torch.randn(2, 3, 5, 5))
 
 
 def test_fx_keeps_modules_whole():
