@@ -319,6 +319,14 @@ class Forward:
         """Of the forward that this one stands for: torch.export names its line."""
         return type(self.module).forward.__code__
 
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """None, which would be those of this file: torch.jit.script looks for them first."""
+        raise AttributeError(
+            f"torch.jit.script: expected the forward of {type(self.module).__name__} itself, got what bnfused.convert "
+            "put before it; script bnfused.revert(model)"
+        )
+
     def run(self, args: tuple[Any, ...], then: Then, on: Execution) -> Any:
         """``then`` of what ``original(*args)`` returns."""
         raise NotImplementedError

@@ -1421,6 +1421,16 @@ def test_a_scripted_child():
     twins.assert_same_outputs(converted, model, images())
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.BatchNorm2d(C), nn.ReLU()), Residual])
+def test_scripting_says_what_to_script(make):
+    """torch.jit.script takes no converted forward; the message says so, and the network is as it was."""
+    network = bnfused.convert(nn.Sequential(make()))
+    report = bnfused.fusion_report(network)
+    with pytest.raises(AttributeError, match=r"bnfused\.revert"):
+        torch.jit.script(network)
+    assert bnfused.fusion_report(network) == report
+
+
 def test_a_sequence_with_nothing_in_a_place():
     """It cannot be called, and the model around it can be converted."""
     sequence = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
