@@ -316,6 +316,7 @@ def _train(
     residual: Tensor | None,
     *settings: Any,
 ) -> Any:
+    reference.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_train")
     state = (running_mean, running_var, num_batches_tracked)
     if _requires_grad("batch_norm_train", x, weight, bias, residual):
         return BatchNormFunction.apply(x, weight, bias, residual, state, (True, *settings), True)
@@ -331,6 +332,7 @@ def _frozen(
     residual: Tensor | None,
     *settings: Any,
 ) -> Any:
+    reference.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_frozen")
     if _requires_grad("batch_norm_frozen", x, weight, bias, residual):
         state = (running_mean, running_var, None)
         return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings), True)
@@ -346,6 +348,7 @@ def _eval(
     residual: Tensor | None,
     *settings: Any,
 ) -> Any:
+    reference.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_eval")
     if _requires_grad("batch_norm_eval", x, weight, bias, residual):
         state = (running_mean, running_var, None)
         return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings))

@@ -61,7 +61,8 @@ def batch_norm(
         TypeError: ``input`` is not a tensor.
         ValueError: training with one value per channel, whose variance is undefined; ``eps`` not positive in training;
             an activation that is not known.
-        RuntimeError: a rank, shape, dtype or device that does not fit ``input``; the message names the argument.
+        RuntimeError: a rank, shape, dtype or device that does not fit ``input``, or running statistics that require
+            grad; the message names the argument.
         Running statistics and the counter are as before where anything is raised.
 
     Source: Ioffe & Szegedy, "Batch Normalization", 2015, algorithm 1; semantics of ``torch.nn.functional.batch_norm``.
@@ -117,9 +118,12 @@ def batch_norm(
             return train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]
         evaluate = torch.ops.bnfused.batch_norm_eval.default
         return evaluate(input, weight, bias, running_mean, running_var, residual, eps, code, param)
-    if is_grad_enabled() and _any_requires_grad(input, weight, bias, residual):
-        settings = (training, momentum, eps, code, param)
-        return autograd.apply_unwrapped(input, weight, bias, residual, state, settings)
+    if is_grad_enabled():
+        if _any_requires_grad(running_mean, running_var):
+            reference.check_no_gradient(running_mean, running_var)
+        if _any_requires_grad(input, weight, bias, residual):
+            settings = (training, momentum, eps, code, param)
+            return autograd.apply_unwrapped(input, weight, bias, residual, state, settings)
     if training:
         return ops.batch_norm_train(input, weight, bias, *state, residual, momentum, eps, code, param)[0]
     return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, residual, eps, code, param)

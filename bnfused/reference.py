@@ -191,7 +191,8 @@ def check_arguments(
 
     Raises:
         TypeError: an argument that is neither a tensor nor None.
-        RuntimeError: a shape, dtype or device that does not fit ``x``, or running statistics that are missing in eval.
+        RuntimeError: a shape, dtype or device that does not fit ``x``, or running statistics that are missing in eval
+            or require grad.
     """
     channels = (channels_of(x),)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -217,12 +218,27 @@ def check_arguments(
             raise RuntimeError(f"batch_norm: expected {name} of {allowed}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise RuntimeError(f"batch_norm: expected {name} on {x.device}, got {tensor.device}")
+    check_no_gradient(running_mean, running_var)
     count = num_batches_tracked
     if count is not None and (count.dtype != torch.int64 or count.numel() != 1 or count.device != x.device):
         raise RuntimeError(
             f"batch_norm: expected num_batches_tracked to be one int64 on {x.device}, "
             f"got {list(count.shape)} of {count.dtype} on {count.device}"
         )
+
+
+def check_no_gradient(running_mean: Tensor | None, running_var: Tensor | None, op: str = "batch_norm") -> None:
+    """Refuse running statistics that require grad, as torch does: a caller who wants a gradient would get none.
+
+    Raises:
+        RuntimeError: one of them requires grad, and gradients are enabled.
+    """
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: expected {name} that does not require grad, as batch norm has no gradient for it, got one that "
+                "does; detach() it"
+            )
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:

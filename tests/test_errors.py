@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import bnfused
 import cases
 import checks
 
@@ -43,6 +44,17 @@ REFUSED = {
     ),
     "bias is a number": (lambda p: {"bias": 1.0}, TENSOR_ERRORS, r"bias.*float"),
     "weight elsewhere": (lambda p: {"weight": p.weight.to("meta")}, TENSOR_ERRORS, r"weight on (cpu|cuda:0), got meta"),
+    # Trap: a gradient that is asked for and silently missing.
+    "running_mean that requires grad": (
+        lambda p: {"running_mean": p.running_mean.clone().requires_grad_()},
+        RuntimeError,
+        r"running_mean that does not require grad.*got one that does",
+    ),
+    "running_var that requires grad": (
+        lambda p: {"running_var": p.running_var * torch.ones((), requires_grad=True)},
+        RuntimeError,
+        r"running_var that does not require grad.*got one that does",
+    ),
     "residual that would broadcast": (
         lambda p: {"residual": p.residual[:1]},
         RuntimeError,
@@ -110,7 +122,9 @@ def test_refused(backend, what, grad):
     checks.check_state_kept_on_error(backend.batch_norm, p.but(**changes(p)), error, message)
 
 
-@pytest.mark.parametrize("what", [w for w in REFUSED if "weight" in w or "bias" in w or "residual" in w])
+@pytest.mark.parametrize(
+    "what", [w for w in REFUSED if any(word in w for word in ("weight", "bias", "residual", "requires grad"))]
+)
 def test_refused_in_eval(backend, what):
     """The same arguments are refused when nothing is trained."""
     changes, error, message = REFUSED[what]
@@ -133,6 +147,35 @@ def test_one_row_of_spatial_size_is_enough(backend):
 def test_one_value_per_channel_is_fine_in_eval(backend):
     """Only training needs a variance."""
     checks.check_against_oracle(backend.batch_norm, cases.make((1, 3, 1), training=False))
+
+
+def test_statistics_that_require_grad_are_fine_without_gradients(backend):
+    """As with torch: nobody asks for a gradient there."""
+    p = cases.make((4, 3, 5))
+    with torch.no_grad():
+        y = checks.call(backend.batch_norm, p, running_mean=p.running_mean.clone().requires_grad_())
+    assert checks.same_bits(y, checks.call(backend.batch_norm, p))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_op_refuses_statistics_that_require_grad(training):
+    """The dispatcher's way, which torch.compile takes; with no other argument that requires grad."""
+    x, mean, var = torch.randn(4, 3), torch.zeros(3, requires_grad=True), torch.ones(3)
+    bn = bnfused.BatchNorm1d(3, affine=False).train(training)
+    bn.running_mean = mean
+    calls = [lambda: torch.compile(bn, backend="aot_eager")(x)]
+    if training:
+        calls.append(
+            lambda: torch.ops.bnfused.batch_norm_train(x, *[None] * 2, mean, var, *[None] * 2, 0.1, 1e-5, 0, 0.0)
+        )
+    else:
+        calls.append(lambda: torch.ops.bnfused.batch_norm_eval(x, None, None, mean, var, None, 1e-5, 0, 0.0))
+        calls.append(lambda: torch.ops.bnfused.batch_norm_frozen(x, None, None, mean, var, None, 1e-5, 0, 0.0))
+    for call in calls:
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="expected running_mean that does not require grad"):
+            call()
+    assert not mean.any()
 
 
 def test_running_statistics_that_overlap_themselves(backend):
