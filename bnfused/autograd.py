@@ -66,6 +66,7 @@ class BatchNormFunction(torch.autograd.Function):
         if activation == 0 or kept_mask is not None:
             residual = None  # its gradient is grad_y, or where the mask says so
         ctx.settings = settings
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, residual, mean, invstd, kept_mask)
         if not with_saved:
             return y
@@ -73,7 +74,9 @@ class BatchNormFunction(torch.autograd.Function):
         return y, mean, invstd, mask
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> Any:
+        if grad_y is None:  # of a Function that returns no gradient: not zeros, by which an optimizer would step
+            return (None,) * 7
         x, weight, bias, residual, mean, invstd, mask = ctx.saved_tensors
         training, _, eps, activation, activation_param = ctx.settings
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]

@@ -104,6 +104,30 @@ def test_nothing_needs_grad(backend):
     assert p.running_var.grad_fn is None
 
 
+class _NoGradient(torch.autograd.Function):
+    """A copy that sends nothing back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return None
+
+
+@TRAINING
+def test_an_upstream_gradient_that_is_missing(backend, training):
+    """It stays missing, as with torch's: by zeros an optimizer with weight decay would step."""
+    p = cases.make((4, 3, 5), residual=True, training=training).but(activation="relu")
+    leaves = {name: getattr(p, name).detach().requires_grad_() for name in ("x", "weight", "bias", "residual")}
+    y = checks.call(backend.batch_norm, p, **leaves)
+    other = torch.ones((), requires_grad=True)
+    (_NoGradient.apply(y).sum() + other).backward()
+    assert other.grad is not None
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == []
+
+
 def test_running_statistics_that_were_in_a_graph(backend):
     """The update of the statistics is not recorded, also where grad mode is on and everything requires grad."""
     p = cases.make((4, 3, 5))
