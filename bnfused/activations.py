@@ -43,6 +43,7 @@ def resolve(name: str | None, param: float | None) -> tuple[int, float]:
 
     Raises:
         ValueError: an unknown name, or a parameter for an activation that has none.
+        TypeError: a parameter that requires grad, which it would not get.
     """
     if name is None:
         if param is not None:
@@ -55,6 +56,8 @@ def resolve(name: str | None, param: float | None) -> tuple[int, float]:
         return activation.code, activation.default
     if not activation.takes_param:
         raise ValueError(f"batch_norm: activation {name!r} takes no activation_param, got {param}")
+    if isinstance(param, Tensor) and param.requires_grad:
+        raise TypeError("batch_norm: expected activation_param to be a number, got a tensor that requires grad")
     return activation.code, float(param)
 
 

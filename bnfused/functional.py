@@ -58,7 +58,7 @@ def batch_norm(
         ``y``, with the shape, dtype and (where it is dense) strides of ``input``.
 
     Raises:
-        TypeError: ``input`` is not a tensor.
+        TypeError: ``input`` is not a tensor; ``activation_param`` is one that requires grad.
         ValueError: training with one value per channel, whose variance is undefined; ``eps`` not positive in training;
             an activation that is not known.
         RuntimeError: a rank, shape, dtype or device that does not fit ``input``, or running statistics that require

@@ -91,6 +91,11 @@ REFUSED = {
         ValueError,
         r"relu.*activation_param.*0\.5",
     ),
+    "parameter of an activation that is to be learned": (
+        lambda p: {"activation": "leaky_relu", "activation_param": torch.nn.PReLU().weight},
+        TypeError,
+        r"activation_param to be a number, got a tensor that requires grad",
+    ),
     "one value per channel": (
         lambda p: {"x": p.x[:1, :, :1], "residual": None},
         ValueError,
