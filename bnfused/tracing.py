@@ -27,6 +27,7 @@ import operator
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, NoReturn
@@ -264,6 +265,27 @@ def _may_call_builtin(called: Any) -> bool:
     )
 
 
+def _watched(watch: Callable[..., None], function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, with ``watch`` for the profile function of its thread.
+
+    A profiler written in C is none that could be put back: cProfile before Python 3.12, and torch.profiler where it
+    takes stacks. Beside one the function runs in a thread of its own, and the profiler goes on.
+    """
+    present = sys.getprofile()
+    if present is None or callable(present):
+        return _watched_here(watch, present, function, *args)
+    with ThreadPoolExecutor(1) as other_thread:
+        return other_thread.submit(_watched_here, watch, None, function, *args).result()
+
+
+def _watched_here(watch: Any, afterwards: Any, function: Callable[..., Any], *args: Any) -> Any:
+    sys.setprofile(watch)
+    try:
+        return function(*args)
+    finally:
+        sys.setprofile(afterwards)
+
+
 class _Recording:
     """One run of ``forward`` on stand-ins."""
 
@@ -291,14 +313,8 @@ class _Recording:
             value = self.tracer.create_proxy("placeholder", f"argument_{i}", (), {})
             object.__setattr__(value, "_type", kind)
             arguments.append(value)
-        previous = sys.getprofile()
         try:
-            stand_in = _Self(self)
-            sys.setprofile(self.watch)
-            try:
-                result = cls.forward(stand_in, *arguments)
-            finally:
-                sys.setprofile(previous)
+            result = _watched(self.watch, cls.forward, _Self(self), *arguments)
             self.tracer.create_node("output", "output", (self.tracer.create_arg(self.result(result)),), {})
         except Exception as error:
             if self.reason is None:
