@@ -10,6 +10,7 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._jit_internal import is_scripting
 
@@ -50,16 +51,19 @@ class _FusedForward:
             training = self.training
             buffers, parameters = self._buffers, self._parameters
             running_mean, running_var = _get(self, buffers, "running_mean"), _get(self, buffers, "running_var")
-            count = None
+            tracked: Any = None
             if training:
                 if self.track_running_stats:
-                    count = _get(self, buffers, "num_batches_tracked")
+                    tracked = _get(self, buffers, "num_batches_tracked")
                 else:
                     running_mean = running_var = None
             else:
                 # Buffers that are None mean that the batch's own statistics are used in eval too.
                 training = running_mean is None and running_var is None
-            return functional.batch_norm(
+            count = tracked
+            if tracked is not None and tracked.dtype != torch.int64:  # Module.type() casts every buffer
+                count = tracked.to(torch.int64)
+            y = functional.batch_norm(
                 input,
                 running_mean,
                 running_var,
@@ -73,6 +77,9 @@ class _FusedForward:
                 activation_param=activation_param,
                 num_batches_tracked=count,
             )
+            if count is not tracked:
+                tracked.copy_(count)
+            return y
         if residual is not None or activation is not None:
             raise RuntimeError("batch_norm: expected no residual and no activation in torch.jit.script, got one")
         return self._forward_of_torch(input)

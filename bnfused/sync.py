@@ -135,11 +135,15 @@ def synchronized_forward(
     module._check_input_dim(input)
     if check_ranks and not torch.compiler.is_compiling():
         _compare_ranks_once(module, input, group)
-    tracked = module.track_running_stats
-    return sync_batch_norm(
+    tracks = module.track_running_stats
+    tracked: Any = module.num_batches_tracked if tracks else None
+    count = tracked
+    if tracked is not None and tracked.dtype != torch.int64:  # Module.type() casts every buffer
+        count = tracked.to(torch.int64)
+    y = sync_batch_norm(
         input,
-        module.running_mean if tracked else None,
-        module.running_var if tracked else None,
+        module.running_mean if tracks else None,
+        module.running_var if tracks else None,
         module.weight,
         module.bias,
         module.momentum,
@@ -147,9 +151,12 @@ def synchronized_forward(
         residual=residual,
         activation=activation,
         activation_param=activation_param,
-        num_batches_tracked=module.num_batches_tracked if tracked else None,
+        num_batches_tracked=count,
         group=group,
     )
+    if count is not tracked:
+        tracked.copy_(count)
+    return y
 
 
 class SyncBatchNorm(_FusedForward, _BatchNorm):

@@ -195,6 +195,22 @@ def test_counter_set_to_none(momentum):
     both_step(ours, theirs, torch.randn(shape))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32])
+def test_counter_of_another_dtype(dtype, momentum):
+    """``Module.type()`` casts every buffer, the counter too; ``load_state_dict(assign=True)`` takes what there is."""
+    ours, theirs, shape = twins("2d", momentum=momentum)
+    for module in (ours, theirs):
+        if dtype.is_floating_point:
+            module.type(dtype)
+        else:
+            module.num_batches_tracked = module.num_batches_tracked.to(dtype)
+    for _ in range(2):
+        both_step(ours, theirs, torch.randn(shape, dtype=ours.weight.dtype))
+    assert ours.num_batches_tracked.dtype == dtype
+    assert ours.num_batches_tracked == 2
+
+
 def test_buffers_are_written_in_place():
     """Trap: ``.data =`` or rebound buffers, which CUDA graphs, DDP and views of the state would not see."""
     ours, _, shape = twins("2d")

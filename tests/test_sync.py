@@ -183,6 +183,20 @@ def test_options(four, options):
     check_split(four, cases.make((7, 4, 3), **options), [2, 5])
 
 
+def counter_of_a_cast_module(p: Problem, size: int) -> Tensor:
+    """On a rank: after a step of a module whose buffers are all of one dtype."""
+    bn = module_of(p, ranks.group_of(size)).type(p.x.dtype)
+    bn(p.x)
+    return bn.num_batches_tracked
+
+
+def test_counter_of_another_dtype(four):
+    """``Module.type()`` casts every buffer, the counter too."""
+    p = cases.make((7, 4, 3), momentum=None, counter=4)
+    counters = four.run(counter_of_a_cast_module, [(part, 2) for part in split(p, [2, 5], "contiguous")])
+    assert [(counter.dtype, counter.item()) for counter in counters] == [(torch.float32, 5.0)] * 2
+
+
 @pytest.mark.parametrize("regime", ["mean_1e4_std_0.01", "outlier_first", "constant", "drift"])
 def test_merges_what_cancels(four, regime):
     """Means far from 0 and from each other: a mean or a variance that travels in float32, or as invstd, is far off."""
