@@ -44,9 +44,9 @@ class _FusedForward:
             activation_param: ``negative_slope`` of leaky_relu, ``alpha`` of elu.
         """
         if not is_scripting():  # torch.jit.script compiles what follows this block, and nothing of it
-            if isinstance(input, fx.Proxy):
+            if isinstance(input, fx.Proxy) and is_part_of_trace(self, input):
                 fusion = {"residual": residual, "activation": activation, "activation_param": activation_param}
-                return _leaf_of_trace(self, input, fusion)
+                return leaf_of_trace(self, input, fusion)
             self._check_input_dim(input)
             training = self.training
             buffers, parameters = self._buffers, self._parameters
@@ -90,7 +90,12 @@ class _FusedForward:
     )
 
 
-def _leaf_of_trace(module: nn.Module, input: fx.Proxy, fusion: dict[str, Any]) -> Any:
+def is_part_of_trace(module: nn.Module, input: fx.Proxy) -> bool:
+    """Whether torch.fx records a call of the module, and not the module alone, which would have no name."""
+    return getattr(input.tracer, "root", None) is not module
+
+
+def leaf_of_trace(module: nn.Module, input: fx.Proxy, fusion: dict[str, Any]) -> Any:
     """One ``call_module`` node: torch.fx keeps what is in ``torch.nn`` whole, and this is to stand in its place."""
     tracer: Any = input.tracer
     asked_for = {name: value for name, value in fusion.items() if value is not None}

@@ -566,6 +566,9 @@ def test_fx_keeps_modules_whole():
         assert checks.same_bits(traced.train(mode)(x).detach(), eager.train(mode)(x).detach())
     for name, buffer in eager.named_buffers():
         assert checks.same_bits(traced.get_buffer(name), buffer), name
+    for alone in (torch.nn.BatchNorm2d(3), bnfused.BatchNorm2d(3)):
+        with pytest.raises(torch.fx.proxy.TraceError, match="control flow"):
+            torch.fx.symbolic_trace(alone)
 
 
 def test_onnx_names_the_op():
