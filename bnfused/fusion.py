@@ -13,7 +13,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 
@@ -372,6 +372,11 @@ class NormActForward(NormalizingForward):
     def run(self, args: tuple[Any, ...], then: Then, on: Execution) -> Any:
         if len(args) != 1:
             return on.finish(then, self.original(*args))
+        if isinstance(args[0], fx.Proxy):
+            # torch.fx calls the module by its name, and so gets what follows the batch norm as well.
+            in_graph = modules.is_part_of_trace(self.module, args[0])
+            y = modules.leaf_of_trace(self.module, args[0], {}) if in_graph else self.original(*args)
+            return on.finish(then, y)
         sequence = [self.module, *self._following()]
         own, end = _what_follows(sequence, 0)
         if end == len(sequence):

@@ -108,6 +108,20 @@ def test_timm(name, timm):
     check(timm.create_model(name, num_classes=10), images(3), TIMM[name])
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Mish, nn.Identity])
+def test_traced_norm_act(timm, activation):
+    """torch.fx records timm's BatchNormAct2d as one node, which applies its activation once, fused or not."""
+    layer = timm.layers.BatchNormAct2d
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer(4, act_layer=activation), layer(4, act_layer=activation)).double()
+    converted = bnfused.convert(model)
+    traced = torch.fx.symbolic_trace(converted)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    twins.assert_same_training(traced, model, images(size=8))
+    alone = torch.fx.symbolic_trace(converted[1])  # as timm's forward, whose calls then have names
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    twins.assert_same_outputs(alone.eval(), model[1].eval(), x)
+
+
 def test_drop_path_is_fused_over_in_eval(timm):
     """With stochastic depth the add is fused in eval only; the layer is known by the name that timm gave it."""
     model = timm.create_model("resnet18d", num_classes=10, drop_path_rate=0.2, drop_rate=0.1)
