@@ -394,7 +394,8 @@ class SequenceForward(Forward):
     """Of ``nn.Sequential``, and of its subclasses that inherit its forward."""
 
     def run(self, args: tuple[Any, ...], then: Then, on: Execution) -> Any:
-        if len(args) != 1 or not is_sequence(self.module):
+        # torch.fx names the nodes of a graph after the modules that it sees called, and tools ask for them by name.
+        if len(args) != 1 or isinstance(args[0], fx.Proxy) or not is_sequence(self.module):
             return on.finish(then, self.original(*args))
         return _run_sequence(sequence_of(self.module), args[0], then, on)
 

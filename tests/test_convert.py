@@ -1666,6 +1666,14 @@ def test_traced():
         twins.assert_same_outputs(traced, original.eval(), x)
 
 
+def test_graph_of_fx_has_every_module():
+    """With what each of them computes: tools ask for it by name, as torchvision's create_feature_extractor does."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()), Residual(downsample=True))
+    graphs = [torch.fx.symbolic_trace(network).graph for network in (bnfused.convert(model), model)]
+    nodes = [[(node.op, node.target, str(node.args), node.kwargs) for node in graph.nodes] for graph in graphs]
+    assert nodes[0] == nodes[1]
+
+
 def test_gradient_of_a_gradient():
     converted, original = networks()
     x = images(2, 3, 7, 7)
