@@ -54,6 +54,12 @@ class BatchNormFunction(torch.autograd.Function):
     ) -> Any:
         training, momentum, eps, activation, activation_param = settings
         if training:
+            if x.is_inference() or (residual is not None and residual.is_inference()):
+                # save_for_backward would say so when the running statistics have moved.
+                raise RuntimeError(
+                    "batch_norm: expected tensors that can be saved for backward, got an inference tensor; clone() it "
+                    "outside of inference mode"
+                )
             y, mean, invstd, mask = ops.batch_norm_train(
                 x, weight, bias, *state, residual, momentum, eps, activation, activation_param
             )
