@@ -264,6 +264,30 @@ def test_outputs_past_the_caches_on_threads(threads):
 
 
 @pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize(
+    "dtype, residual, activation, mode",
+    [
+        (torch.float32, False, None, "train"),
+        (torch.float32, True, "relu", "train"),
+        (torch.float32, True, "silu", "train"),
+        (torch.float32, True, "relu", "frozen"),
+        (torch.bfloat16, True, "relu", "train"),
+        (torch.float64, True, "relu", "train"),
+    ],
+    ids=name_of,
+)
+def test_outputs_past_the_caches_in_strips(dtype, residual, activation, mode, threads):
+    """Rows whose coefficients exceed L1 (kCoefficientBytes in csrc/cpu/driver.h) are written in strips of 4 KiB; the
+    last strip here is one line."""
+    strip, line = 4096 // dtype.itemsize, 64 // dtype.itemsize
+    columns = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 4}[dtype] * strip + line
+    assert 3 * columns * max(dtype.itemsize, 4) > 40 * 1024  # the coefficients of the forward
+    shape = (6 * 2**20 // (columns * dtype.itemsize) + 1, columns)
+    p = cases.make(shape, dtype=dtype, residual=residual, activation=activation, **MODES[mode])
+    checks.check_against_oracle(bnfused.functional.batch_norm, p)
+
+
+@pytest.mark.usefixtures("extension")
 def test_outputs_in_huge_pages():
     """From 8 MiB on, the memory of y is asked for in huge pages."""
     p = cases.make((5, 7, 500, 501), activation="relu")

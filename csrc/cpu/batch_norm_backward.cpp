@@ -347,12 +347,17 @@ void backward_rows(const BackwardArgs& args) {
   }
   if (!args.grad_x && !args.grad_residual) return;
   const RowTasks tasks(p, view);
+  const int64_t strip = strip_columns<T>(view, kBackwardCoefficients, streaming);
   parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      for_rows_backwards(view, tasks.begin(task), tasks.end(task), 2 * sizeof(T), [&](Runs runs, int64_t at) {
-        GradArgs<T> g = args_at(at);
-        g.runs = runs;
-        apply(g);
+      for_rows_backwards(view, tasks.begin(task), tasks.end(task), 2 * sizeof(T), [&](Runs rows, int64_t first) {
+        for_strips(rows, strip, [&](Runs runs, int64_t column) {
+          GradArgs<T> g = args_at(first + column);
+          g.runs = runs;
+          g.coefficients += column;
+          g.prefetch = strip < view.columns ? view.columns : 0;
+          apply(g);
+        });
       });
     }
   });

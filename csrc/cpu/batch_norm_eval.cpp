@@ -105,8 +105,6 @@ void eval_rows(const EvalArgs& args) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const RowView view = row_view(p, kColumns, args.mask != nullptr);
-  const bool streaming = streams<T>(p, view.columns, {args.y});
-  const auto apply = best_leaves<T>().apply[int(Layout::kRows)][streaming][int(forward_kind(args))];
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
   parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for_channels(begin, end, [&](int64_t first, int count) {
@@ -115,14 +113,7 @@ void eval_rows(const EvalArgs& args) {
     });
   });
   parallel_for(0, view.rows(), grain_for(view.columns), [&](int64_t begin, int64_t end) {
-    for_rows(view, begin, end, [&](Runs runs, int64_t at) {
-      ApplyArgs<T> a = apply_args<T>(args, at, at / 8);
-      a.runs = runs;
-      a.prefetch = streaming ? kStreamAheadBytes / int64_t(sizeof(T)) : 0;
-      a.coefficients = coefficients.data();
-      a.coefficient_stride = coefficients.stride();
-      apply(a);
-    });
+    for_rows(view, begin, end, [&](Runs rows, int64_t first) { apply_rows<T>(args, view, coefficients, rows, first); });
   });
 }
 

@@ -128,11 +128,7 @@ template <class T>
 void train_rows(const TrainArgs& args, const Finish& finish) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
-  const Leaves<T>& leaf = best_leaves<T>();
   const RowView view = row_view(p, kColumns, args.mask != nullptr);
-  const bool streaming = streams<T>(p, view.columns, {args.y});
-  const auto apply = leaf.apply[int(Layout::kRows)][streaming][int(forward_kind(args))];
-
   ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
   const auto set = [&](int64_t c, const Affine<A>& a) { coefficients.set(c, a); };
   for_each_channel_of_rows(p, static_cast<const T*>(args.x),
@@ -144,14 +140,8 @@ void train_rows(const TrainArgs& args, const Finish& finish) {
   const RowTasks tasks(p, view);
   parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      for_rows_backwards(view, tasks.begin(task), tasks.end(task), sizeof(T), [&](Runs runs, int64_t at) {
-        ApplyArgs<T> a = apply_args<T>(args, at, at / 8);
-        a.runs = runs;
-        a.prefetch = streaming ? kStreamAheadBytes / int64_t(sizeof(T)) : 0;
-        a.coefficients = coefficients.data();
-        a.coefficient_stride = coefficients.stride();
-        apply(a);
-      });
+      for_rows_backwards(view, tasks.begin(task), tasks.end(task), sizeof(T),
+                         [&](Runs rows, int64_t first) { apply_rows<T>(args, view, coefficients, rows, first); });
     }
   });
 }
