@@ -99,7 +99,7 @@ constexpr int64_t kBlockRows = 4 * 131;
 // 1024).
 constexpr int64_t kPieceBytes = 1024 * 1024;
 // Outputs from this size on bypass the caches. Measured with a producer before and a consumer after: at 12 MB bypassing
-// wins 1.2 to 1.7 times on a Zen 4 core and is even on Sapphire Rapids; at 6.4 MB it is even on Zen 4, where the
+// wins 1.2 to 1.7 times on a Zen 5 core and is even on Sapphire Rapids; at 6.4 MB it is even on Zen 5, where the
 // forward by itself (bfloat16, channels_last, add and ReLU) takes half the time; at 3 MB the consumer finds y in the
 // last-level cache, and bypassing only moves the cost.
 constexpr int64_t kStreamFromBytes = 6 * 1024 * 1024;
@@ -122,7 +122,7 @@ constexpr int64_t kChannelGrain = 512;
 
 // Bytes ahead of a store to ask for its line in exclusive state, or 0. A core that waits for the line with each store
 // gains by asking early (Sapphire Rapids: 10 becomes 16 to 22 GB/s); one that does so on its own has
-// nothing to gain (Zen 4: within 6 % either way).
+// nothing to gain (Zen 5: within 6 % either way).
 int64_t store_ahead();
 
 // Room for `size` values, a vector more at least, and whole vectors, so that one may be read or written at any value
