@@ -25,6 +25,10 @@ struct XFromMemory {
   __device__ __forceinline__ void keep(const Pack<T>&, Span, uint32_t /*step*/) const {}
 };
 
+// What follows from it stays behind the branch in which it is asked for. The compiler would else compute both sides of
+// it and select, where nearly all units take the shorter one; or select between loads, and so wait for each.
+__device__ __forceinline__ Span behind_branch(Span span) { return {int(recomputed(uint32_t(span.begin))), span.end}; }
+
 // Moments of the 8 values of one column, over the thread's rows. `source` keeps the thread's units, counted in steps.
 template <class T, class Source>
 __device__ __forceinline__ void column_moments(const Source& source, int64_t numel, const Rows& s,
@@ -39,6 +43,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
   const uint32_t end = part_end < rows ? part_end : rows;
   const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
   uint32_t row = begin + thread.lane, done = 0;  // units
+  const Span whole = behind_branch({0, kUnit});
   A merged = 0;
   while (row < end) {
     Run<A, A> run[kUnit];
@@ -51,22 +56,22 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           const uint32_t r = row + i * s.lanes;
-          if (r < end) {
-            source.load(packs[i], r * s.columns + thread.column, {0, kUnit}, done + i);
-          } else {
-            packs[i] = packs[0];
-          }
+          if (r < end) source.load(packs[i], r * s.columns + thread.column, whole, done + i);
         }
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           if (row + i * s.lanes < end) source.keep(packs[i], {0, kUnit}, done + i);
         }
         if (step == 0) {
+          const uint32_t beyond = recomputed(end);  // `end`: else the first pack is copied where others are not loaded
 #pragma unroll
           for (int k = 0; k < kUnit; ++k) {
             A values[kLoads];
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) values[i] = value_of(packs[i], k);
+            for (int i = 0; i < kLoads; ++i) {
+              values[i] = value_of(packs[i], k);
+              if (row + i * s.lanes >= beyond) values[i] = values[0];
+            }
             run[k].shift = mean_in_pairs(values) * scale;
           }
         } else if (step == kStepsToCenter) {
@@ -135,10 +140,6 @@ __device__ __forceinline__ Accumulate<T> mean_of_owned(const Pack<T>& pack, Span
   }
   return mean_in_pairs(values);
 }
-
-// What follows from it stays behind the branch in which it is asked for. The compiler would else compute both sides of
-// it and select, where nearly all units take the shorter one.
-__device__ __forceinline__ Span behind_branch(Span span) { return {int(recomputed(uint32_t(span.begin))), span.end}; }
 
 // Moments of a channel over the thread's units of its planes.
 template <class T, class Source>
