@@ -66,10 +66,6 @@ _SAME = {
         batch_norm_stats.cuh: if always: row + i * s.lanes < end
         batch_norm_stats.cuh: < off by one: row + i * s.lanes < end
     """,
-    "the step before the first is the largest number, and no unit of that step is kept": """
-        sweep.cuh: if always: done + i < rows
-        sweep.cuh: < off by one: done + i < rows (again, 1)
-    """,
     "it writes what is there": """
         batch_norm_stats.cuh: missing: total[k].count = merged;
         batch_norm_backward.cuh: if always: !fetched

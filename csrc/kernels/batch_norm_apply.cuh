@@ -43,6 +43,7 @@ struct ForwardBody {
   using A = Accumulate<T>;
   using Constants = Affine<A>;
   static constexpr int kLoads = Activation::template kLoads<T>;
+  static constexpr bool kUnrolled = Activation::kUnrolled;
   struct Loaded {
     Pack<T> x, residual;
   };

@@ -88,6 +88,7 @@ struct BackwardBody {
   using Constants = GradAffine<A>;
   static constexpr int kLoadsOfReduce = Activation::template kLoads<T>;
   static constexpr int kLoads = (kLoadsOfReduce + 1) / 2;  // of two tensors
+  static constexpr bool kUnrolled = Activation::kUnrolled;
   struct Loaded {
     Pack<T> grad_y, x, residual;
     unsigned mask;
@@ -239,13 +240,12 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, const Source&
         if (r < end && unit < units) source.keep(loaded[i], span_of(unit, numel), done + i);
       }
       done += kLoads;
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for_each_loaded<Body>(loaded, [&](int, const typename Body::Loaded& of_unit) {
         const uint32_t unit = row * s.columns + thread.column;
         if (row < end && unit < units) {
           const Span span = span_of(unit, numel);
           A g[kUnit], d[kUnit];
-          body.differentiate(loaded[i], constants_of, g, d);
+          body.differentiate(of_unit, constants_of, g, d);
 #pragma unroll
           for (int k = 0; k < kUnit; ++k) {
             if (!span.has(k)) continue;
@@ -258,7 +258,7 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, const Source&
           if (write) body.write(unit, span, g, d, constants_of);
         }
         row += s.lanes;
-      }
+      });
     }
     if constexpr (kInRuns) {
 #pragma unroll
@@ -285,14 +285,13 @@ __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Sour
       const PlaneUnit at(s, block.channel, number_of(step + i));
       if (!at.span.empty()) source.load(loaded[i], at.unit, at.span, step + i);
     }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (number_of(step + i) >= block.end) continue;
+    for_each_loaded<Body>(loaded, [&](int i, const typename Body::Loaded& of_unit) {
+      if (number_of(step + i) >= block.end) return;
       const PlaneUnit at(s, block.channel, number_of(step + i));
-      if (at.span.empty()) continue;
-      source.keep(loaded[i], at.span, step + i);
+      if (at.span.empty()) return;
+      source.keep(of_unit, at.span, step + i);
       A g[kUnit], d[kUnit];
-      body.differentiate(loaded[i], constants_of, g, d);
+      body.differentiate(of_unit, constants_of, g, d);
       if (write) body.write(at.unit, at.span, g, d, constants_of);
       A products[kUnit];
 #pragma unroll
@@ -301,7 +300,7 @@ __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Sour
         products[k] = at.span.has(k) ? g[k] * d[k] : A(0);
       }
       total.merge({double(sum_in_pairs(g)), double(sum_in_pairs(products))});
-    }
+    });
   }
   return total;
 }

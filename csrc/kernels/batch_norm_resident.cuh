@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
   OnChip<T> kept(shared, residency, 1);
   for (uint32_t channel = blockIdx.x / s.parts; channel < s.channels; channel += residency.teams) {
-    const PlanesBlock block(s, channel, recomputed(blockIdx.x % s.parts));
+    const PlanesBlock block(s, channel, recomputed(blockIdx.x) % s.parts);
     const auto next = fetch_of_next(body, kept, s, block, residency.teams);
     kept.await();
     Sums sums = plane_moments<T>(XToKeep<T>(args.from_memory(), kept), s, block);
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
   OnChip<T> kept(shared, residency, args.body.tensors());
   for (uint32_t channel = blockIdx.x / s.parts; channel < s.channels; channel += residency.teams) {
-    const PlanesBlock block(s, channel, recomputed(blockIdx.x % s.parts));
+    const PlanesBlock block(s, channel, recomputed(blockIdx.x) % s.parts);
     const Affine<A> forward = args.constants.template forward<A>(channel);
     const auto next = fetch_of_next(args.body, kept, s, block, residency.teams);
     kept.await();

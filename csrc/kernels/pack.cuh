@@ -77,6 +77,18 @@ __device__ __forceinline__ void set_value(Pack<T>& pack, int k, T value) {
   }
 }
 
+// A copy of what has come in, or not yet. Value by value, the compiler would take apart the words of 2-byte values
+// where they are loaded, and so wait for each load before it starts the next.
+template <class Loaded>
+__device__ __forceinline__ void copy_words(Loaded& to, const Loaded& from) {
+#pragma unroll
+  for (unsigned at = 0; at < sizeof(Loaded); at += sizeof(uint32_t)) {
+    uint32_t word;
+    memcpy(&word, reinterpret_cast<const unsigned char*>(&from) + at, sizeof(word));
+    memcpy(reinterpret_cast<unsigned char*>(&to) + at, &word, sizeof(word));
+  }
+}
+
 // Rounded to T, two at a time where there are instructions for that.
 template <class T>
 __device__ __forceinline__ Pack<T> pack_of(const Accumulate<T> (&values)[kUnit]) {

@@ -68,12 +68,13 @@ struct Affine {
 
 // An activation works on the 8 values of a unit: z becomes the value, or g becomes g times the derivative at z. What
 // the unit does not own is computed like the rest, and dropped. kLoads is how many units of T a thread loads before it
-// uses the first.
+// uses the first, and kUnrolled whether each of them has code of its own.
 struct Identity {
   static constexpr bool kNeedsZ = false;
   static constexpr bool kMasked = false;
   template <class T>
   static constexpr int kLoads = kLoadsAtOnce<T>;
+  static constexpr bool kUnrolled = true;
 
   explicit Identity(const Epilogue&) {}
 
@@ -88,6 +89,7 @@ struct ReLU {
   static constexpr bool kMasked = false;
   template <class T>
   static constexpr int kLoads = kLoadsAtOnce<T>;
+  static constexpr bool kUnrolled = true;
 
   explicit ReLU(const Epilogue&) {}
 
@@ -110,6 +112,7 @@ struct MaskedReLU {
   static constexpr bool kMasked = true;
   template <class T>
   static constexpr int kLoads = kLoadsAtOnce<T>;
+  static constexpr bool kUnrolled = true;
 
   explicit MaskedReLU(const Epilogue&) {}
 };
@@ -140,13 +143,14 @@ __device__ __forceinline__ void for_each_value(A (&values)[kUnit], const A (&at)
   for (int k = 0; k < kUnit; ++k) values[k] = f(values[k], at[k]);
 }
 
-// The activations that are not worth a kernel of their own: chosen while running, once for a unit. One unit at a time,
+// The activations that are not worth a kernel of their own: chosen while running, once for a unit. Units take turns,
 // for every place where they are inlined is 2,000 instructions.
 struct AnyActivation {
   static constexpr bool kNeedsZ = true;
   static constexpr bool kMasked = false;
   template <class T>
-  static constexpr int kLoads = 1;
+  static constexpr int kLoads = kLoadsAtOnce<T>;
+  static constexpr bool kUnrolled = false;
 
   Activation activation;
   double param;

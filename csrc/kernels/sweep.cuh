@@ -3,6 +3,7 @@
 // A Body says what happens to a unit:
 //   Constants                                 what it needs to know of a channel
 //   kLoads                                    units that a thread loads before it uses the first
+//   kUnrolled                                 each of them has code of its own, else they take turns
 //   Loaded                                    a unit's values, while several are on their way
 //   load(Loaded&, unit, span)                 from memory
 //   store(Loaded&, unit, span, constants_of)  constants_of(k) are the Constants of value k
@@ -26,6 +27,25 @@ struct FromMemory {
   __device__ __forceinline__ void used(uint32_t /*step*/) const {}
 };
 
+// Calls f(i, loaded[i]) for each of the units that a thread has loaded, with code of its own for each if they are to be
+// unrolled. Else in a loop, through which they move to the front: registers have no index.
+template <class Body, int kLoads, class F>
+__device__ __forceinline__ void for_each_loaded(typename Body::Loaded (&loaded)[kLoads], F f) {
+  if constexpr (Body::kUnrolled) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) f(i, loaded[i]);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kLoads; ++i) {
+      typename Body::Loaded first;
+      copy_words(first, loaded[0]);
+      f(i, first);
+#pragma unroll
+      for (int k = 1; k < kLoads; ++k) copy_words(loaded[k - 1], loaded[k]);
+    }
+  }
+}
+
 // Rows of a column.
 template <class Body, class Source, class ConstantsOf>
 __device__ __forceinline__ void sweep_column(const Body& body, const Source& source, int64_t numel, const Rows& s,
@@ -39,21 +59,21 @@ __device__ __forceinline__ void sweep_column(const Body& body, const Source& sou
   const uint32_t rows = (end - begin + s.lanes - 1 - thread.lane) / s.lanes;
   for (uint32_t done = 0; done < rows; done += kLoads) {
     typename Body::Loaded loaded[kLoads];
-    uint32_t unit[kLoads];
-    bool has[kLoads];
+    const auto step_of = [&](int i) { return rows - 1 - done - i; };
+    const auto unit_of = [&](int i) {
+      return (begin + thread.lane + step_of(i) * s.lanes) * s.columns + thread.column;
+    };
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      has[i] = done + i < rows;
-      const uint32_t step = rows - 1 - done - i;
-      unit[i] = (begin + thread.lane + step * s.lanes) * s.columns + thread.column;
-      has[i] = has[i] && unit[i] < units;
-      if (has[i]) source.load(loaded[i], unit[i], span_of(unit[i], numel), step);
+      const uint32_t unit = unit_of(i);
+      if (done + i < rows && unit < units) source.load(loaded[i], unit, span_of(unit, numel), step_of(i));
     }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (has[i]) body.store(loaded[i], unit[i], span_of(unit[i], numel), constants_of);
-      if (done + i < rows) source.used(rows - 1 - done - i);
-    }
+    for_each_loaded<Body>(loaded, [&](int i, const typename Body::Loaded& of_unit) {
+      if (done + i >= rows) return;
+      const uint32_t unit = unit_of(i);
+      if (unit < units) body.store(of_unit, unit, span_of(unit, numel), constants_of);
+      source.used(step_of(i));
+    });
   }
 }
 
@@ -129,10 +149,9 @@ __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, cons
       const uint32_t u = unit + i * blockDim.x;
       if (u < end) body.load(loaded[i], u, span_of(u, numel));
     }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for_each_loaded<Body>(loaded, [&](int i, const typename Body::Loaded& loaded_unit) {
       const uint32_t u = unit + i * blockDim.x;
-      if (u >= end) continue;
+      if (u >= end) return;
       const Span span = span_of(u, numel);
       const uint64_t value = uint64_t(u) * kUnit;
       const uint64_t plane = divide(value, s.by_inner);
@@ -140,15 +159,15 @@ __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, cons
       const Constants* of_unit = table + (plane - first_plane);
       if (place + kUnit <= s.inner) {
         const Constants one = *of_unit;
-        body.store(loaded[i], u, span, [&](int) { return one; });
+        body.store(loaded_unit, u, span, [&](int) { return one; });
       } else {
         const auto constants_of = [&](int k) {
           const uint64_t at = place + k;
           return of_unit[at < s.inner ? 0 : (at < 2 * s.inner ? 1 : uint32_t(at) / uint32_t(s.inner))];
         };
-        body.store(loaded[i], u, span, constants_of);
+        body.store(loaded_unit, u, span, constants_of);
       }
-    }
+    });
   }
 }
 
@@ -169,14 +188,13 @@ __device__ __forceinline__ void sweep_channel(const Body& body, const Source& so
       const PlaneUnit at(s, block.channel, begin + step * blockDim.x);
       if (!at.span.empty()) source.load(loaded[i], at.unit, at.span, step);
     }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (i >= left) continue;
+    for_each_loaded<Body>(loaded, [&](int i, const typename Body::Loaded& of_unit) {
+      if (i >= left) return;
       const uint32_t step = uint32_t(left - 1 - i);
       const PlaneUnit at(s, block.channel, begin + step * blockDim.x);
-      if (!at.span.empty()) body.store(loaded[i], at.unit, at.span, constants_of);
+      if (!at.span.empty()) body.store(of_unit, at.unit, at.span, constants_of);
       source.used(step);
-    }
+    });
   }
 }
 
