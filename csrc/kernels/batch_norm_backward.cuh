@@ -130,9 +130,12 @@ struct BackwardBody {
   // grad_y is kept as it is behind the mask, and the mask not at all. `fetched`: as they are, all are there.
   __device__ __forceinline__ void keep(const Loaded& loaded, const OnChip<T>& kept, uint32_t step, bool fetched) const {
     if constexpr (Activation::kMasked) {
-      Pack<T> passed = loaded.grad_y;
+      Pack<T> passed;
+      copy_words(passed, loaded.grad_y);
 #pragma unroll
-      for (int k = 0; k < kUnit; ++k) passed.v[k] = loaded.mask >> k & 1 ? passed.v[k] : from_accumulate<T>(0);
+      for (int k = 0; k < kUnit; ++k) {
+        if (!(loaded.mask >> k & 1)) set_value(passed, k, from_accumulate<T>(0));
+      }
       kept.put(step, 0, passed);
     } else if (!fetched) {
       kept.put(step, 0, loaded.grad_y);
