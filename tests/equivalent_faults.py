@@ -82,6 +82,7 @@ _SAME = {
     """,
     "the shift is then another of the values, or is moved by next to nothing, and what rests on it is mended": """
         batch_norm_stats.cuh: if always: step == kStepsToCenter
+        batch_norm_stats.cuh: if always: row + i * s.lanes >= beyond
         batch_norm_stats.cuh: if always: count == 0
         batch_norm_stats.cuh: if always: pass == 1
         batch_norm_stats.cuh: < off by one: k < span.begin
