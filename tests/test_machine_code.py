@@ -14,7 +14,8 @@ sys.path.append(str(Path(__file__).resolve().parent / "cuda_build"))
 import machine_code
 from machine_code import Kernel, Rule
 
-# What cuobjdump and nvdisasm 13.5 print for two kernels, with the lines left out that are not looked at.
+# What cuobjdump and nvdisasm 13.5 print for two kernels, with the lines left out that are not looked at. In the second
+# two loads wait for one scoreboard, and a third is waited for alone.
 RESOURCES = """
 Resource usage:
  Common:
@@ -38,7 +39,18 @@ LISTING = """
         /*00c0*/                   UCGABAR_WAIT ;
 .text._Z7spilledPf:
 .L_x_0:
-        /*0040*/                   STG.E desc[UR4][R6.64], R4 ;
+        /*0040*/                   STG.E desc[UR4][R6.64], R4 ;                   /* 0x0000000406007986 */
+                                                                                  /* 0x000fe2000c101904 */
+        /*0050*/                   LDG.E.128 R4, desc[UR4][R2.64] ;               /* 0x0000000402047981 */
+                                                                                  /* 0x000ea8000c1e1d00 */
+        /*0060*/              @!P0 LDG.E.128 R8, desc[UR4][R2.64+0x10] ;          /* 0x0000100402088981 */
+                                                                                  /* 0x000ea8000c1e1d00 */
+        /*0070*/                   LDG.E.128 R12, desc[UR4][R2.64+0x20] ;         /* 0x00002004020c7981 */
+                                                                                  /* 0x000ee8000c1e1d00 */
+        /*0080*/                   FADD R4, R4, R8 ;                              /* 0x0000000804047221 */
+                                                                                  /* 0x004fc80000000000 */
+        /*0090*/                   FADD R4, R4, R12 ;                             /* 0x0000000c04047221 */
+                                                                                  /* 0x008fc80000000000 */
 """
 NAMES = {"_Z4wideIfEvPK1PIT_EPS2_i": "wide<float>"}
 
@@ -46,18 +58,31 @@ NAMES = {"_Z4wideIfEvPK1PIT_EPS2_i": "wide<float>"}
 def test_parse() -> None:
     """Every number of its own kernel, generic accesses with the global ones, and none of shared or local memory."""
     wide, spilled = machine_code.parse("sm_75", RESOURCES, LISTING.splitlines(), NAMES)
-    assert wide == Kernel("wide<float>", "sm_75", 14, 0, 64, 9, wide_loads=1, wide_stores=2, copies=1, cluster_waits=1)
+    assert wide == Kernel(
+        "wide<float>",
+        "sm_75",
+        14,
+        0,
+        64,
+        9,
+        wide_loads=1,
+        wide_stores=2,
+        copies=1,
+        cluster_waits=1,
+        loads_together=0,
+    )
     assert spilled == Kernel(
         "_Z7spilledPf",
         "sm_75",
         61,
         264,
         0,
-        1,
-        wide_loads=0,
+        6,
+        wide_loads=3,
         wide_stores=0,
         copies=0,
         cluster_waits=0,
+        loads_together=2,
     )
 
 
@@ -106,6 +131,7 @@ GOOD = Kernel(
     wide_stores=1,
     copies=0,
     cluster_waits=0,
+    loads_together=8,
 )
 
 
@@ -128,7 +154,7 @@ def test_blocks_per_sm(registers: int, threads: int, arch: str, blocks: int) -> 
 
 
 RULES = (
-    Rule("apply", 3, wide_loads=True, wide_stores=True),
+    Rule("apply", 3, wide_loads=True, wide_stores=True, loads_together=8),
     Rule("stats", 2, wide_loads=True, wide_stores=False),
     Rule("resident", 2, wide_loads=True, wide_stores=True, copies=True, clusters=True),
 )
@@ -145,6 +171,7 @@ RULES = (
         ({"wide_loads": 0}, "128-bit loads"),
         ({"wide_stores": 0}, "128-bit stores"),
         ({"wide_stores": 0, "name": "batch_norm_stats"}, None),
+        ({"loads_together": 7}, "8 128-bit loads on their way .*, got 7"),
         ({"name": "a_new_kernel"}, "a rule"),
         ({"name": "batch_norm_resident", "cluster_waits": 1}, "asynchronous copies"),
         ({"name": "batch_norm_resident", "copies": 1}, "waits for the blocks of a cluster"),

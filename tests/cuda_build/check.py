@@ -33,10 +33,21 @@ STRICT = "-Werror all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 # shared memory that is not theirs to keep values in (static_shared, and kReservedShared, which is in the reports of new
 # GPUs).
 OF_ROWS, OF_PLANES = 9 * 128 * 24 + 64 + 1024, 128 * 24 + 64 + 1024
+# loads_together: a kernel that waits for each unit before it loads the next has 2 or 3 (of x, grad_y, a residual), in
+# the statistics 1; of how many units they are, docs/performance.md says. Those for sm_120 wait for the first one alone.
 RULES = (
     Rule("_gather", 2, wide_loads=False, wide_stores=False),
     Rule("_empty", 4, wide_loads=False, wide_stores=False),
-    Rule("_resident_rows", 1, wide_loads=True, wide_stores=True, shared_bytes=OF_ROWS, copies=True, clusters=True),
+    Rule(
+        "_resident_rows",
+        1,
+        wide_loads=True,
+        wide_stores=True,
+        shared_bytes=OF_ROWS,
+        copies=True,
+        clusters=True,
+        loads_together=7,
+    ),
     Rule(
         "_resident_planes<double",
         1,
@@ -45,12 +56,25 @@ RULES = (
         shared_bytes=OF_PLANES,
         copies=True,
         clusters=True,
+        loads_together=7,
     ),
-    Rule("_resident_planes", 2, wide_loads=True, wide_stores=True, shared_bytes=OF_PLANES, copies=True, clusters=True),
-    Rule("_apply_.*<double", 1, wide_loads=True, wide_stores=True),
-    Rule("_backward_reduce_rows|<double", 1, wide_loads=True, wide_stores=False),
-    Rule("_apply_", 2, wide_loads=True, wide_stores=True),
-    Rule("batch_norm_", 2, wide_loads=True, wide_stores=False),
+    Rule(
+        "_resident_planes",
+        2,
+        wide_loads=True,
+        wide_stores=True,
+        shared_bytes=OF_PLANES,
+        copies=True,
+        clusters=True,
+        loads_together=7,
+    ),
+    Rule("_apply_.*<double", 1, wide_loads=True, wide_stores=True, loads_together=7),
+    Rule("_backward_apply_", 2, wide_loads=True, wide_stores=True, loads_together=3),
+    Rule("_apply_", 2, wide_loads=True, wide_stores=True, loads_together=7),
+    Rule("_backward_reduce_(rows|.*<double)", 1, wide_loads=True, wide_stores=False, loads_together=7),
+    Rule("_backward_reduce_", 2, wide_loads=True, wide_stores=False, loads_together=7),
+    Rule("_stats_.*<double", 1, wide_loads=True, wide_stores=False, loads_together=3),
+    Rule("_stats_", 2, wide_loads=True, wide_stores=False, loads_together=3),
 )
 
 # Of the CUDA runtime, what a launch may call. None of it waits for the GPU or ends the capture of a graph, also where

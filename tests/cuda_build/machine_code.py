@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Per SM, by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -29,6 +29,10 @@ MAX_THREADS = {
 FIRST_WITH_CLUSTERS = 90
 # Likewise, on all of them: a quarter of the registers to each of four schedulers, given out 256 at a time to a warp.
 SCHEDULERS, REGISTERS_OF_SCHEDULER, REGISTERS_AT_ONCE, WARP = 4, 16384, 256, 32
+# Where the upper 64 of an instruction's 128 bits name the scoreboard on which its result is waited for (one of six, or
+# 7 for none), and those that it waits on itself, a bit for each. Jia, Maggioni, Staiger and Scarpazza, "Dissecting the
+# NVIDIA Volta GPU Architecture via Microbenchmarking", 2018, section 2; NVIDIA does not document it.
+SCOREBOARD, WAITED_ON = 46, 52
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Kernel:
     wide_stores: int
     copies: int  # from global to shared memory, asynchronous
     cluster_waits: int  # for the other blocks of a cluster
+    loads_together: int  # most wide loads that are on their way when one of them is waited for
 
     def blocks_per_sm(self, threads: int) -> int:
         """Blocks of ``threads`` threads that registers and threads leave room for on an SM."""
@@ -72,6 +77,7 @@ class Rule:
     shared_bytes: int = 48 * 1024
     copies: bool = False  # on GPUs that have them
     clusters: bool = False  # likewise
+    loads_together: int = 0
 
 
 def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
@@ -93,6 +99,11 @@ def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
         wrong.append("expected 128-bit loads, got none")
     if rule.wide_stores and not kernel.wide_stores:
         wrong.append("expected 128-bit stores, got none")
+    if kernel.loads_together < rule.loads_together:
+        wrong.append(
+            f"expected {rule.loads_together} 128-bit loads on their way before one is waited for, "
+            f"got {kernel.loads_together}"
+        )
     if rule.copies and not kernel.copies and kernel.arch != "sm_75":
         wrong.append("expected asynchronous copies, got none")
     has_clusters = int(kernel.arch.removeprefix("sm_")) >= FIRST_WITH_CLUSTERS
@@ -117,19 +128,39 @@ def block_size(sources: Iterable[Path]) -> int:
     return int(values[0])
 
 
+@dataclass
+class _Listing:
+    """What is met in the instructions of one kernel, from the first to the last."""
+
+    instructions: Counter[str] = field(default_factory=Counter)
+    on_their_way: Counter[int] = field(default_factory=Counter)  # wide loads, by their scoreboard
+    loads_together: int = 0
+
+    def schedule(self, instruction: str, upper_bits: int) -> None:
+        """Count ``instruction`` among the loads on their way, after those that it waits for."""
+        if waited := [board for board in self.on_their_way if upper_bits >> WAITED_ON + board & 1]:
+            self.loads_together = max(self.loads_together, sum(self.on_their_way.pop(board) for board in waited))
+        scoreboard = upper_bits >> SCOREBOARD & 7
+        if re.match(r"LDG?\..*\.128", instruction) and scoreboard != 7:
+            self.on_their_way[scoreboard] += 1
+
+
 def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str, str]) -> list[Kernel]:
-    """The kernels of one GPU, from what ``cuobjdump --dump-resource-usage`` and ``nvdisasm -c`` print."""
-    instructions: dict[str, Counter[str]] = {}
-    counts: Counter[str] = Counter()
+    """The kernels of one GPU, from what ``cuobjdump --dump-resource-usage`` and ``nvdisasm -c -hex`` print."""
+    listings: dict[str, _Listing] = {}
+    of_kernel, instruction = _Listing(), ""
     for line in listing:
         if match := re.match(r"\.text\.(\S+):", line):
-            counts = instructions.setdefault(match[1], Counter())
+            of_kernel = listings.setdefault(match[1], _Listing())
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
-            counts[match[1]] += 1
+            instruction = match[1]
+            of_kernel.instructions[instruction] += 1
+        elif match := re.match(r"\s+/\* (0x[0-9a-f]{16}) \*/", line):
+            of_kernel.schedule(instruction, int(match[1], 16))
     kernels = []
     pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     for name, registers, stack, shared, local in re.findall(pattern, resources):
-        codes = instructions[name]
+        codes = listings[name].instructions
 
         def count(space: str, part: str = "", codes: Counter[str] = codes) -> int:
             # LDG, or LD where the compiler does not know the address for one of global memory.
@@ -147,6 +178,7 @@ def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str,
                 wide_stores=count("ST", ".128"),
                 copies=count("LDGSTS"),
                 cluster_waits=codes["UCGABAR_WAIT"],
+                loads_together=listings[name].loads_together,
             )
         )
     return kernels
@@ -183,7 +215,8 @@ def read(objects: Iterable[Path], tools: str, jobs: int) -> list[Kernel]:
         mangled = re.findall(r"Function (\S+):", resources)
         names = output("c++filt", text="\n".join(mangled)).splitlines()
         short = [re.sub(r"^void |\(.*$|bnfused::|\(anonymous namespace\)::", "", name) for name in names]
-        with subprocess.Popen([f"{tools}/nvdisasm", "-c", str(cubin)], stdout=subprocess.PIPE, text=True) as listing:
+        command = [f"{tools}/nvdisasm", "-c", "-hex", str(cubin)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listing:
             assert listing.stdout is not None
             kernels = parse(match[1], resources, listing.stdout, dict(zip(mangled, short, strict=True)))
         assert listing.returncode == 0, f"nvdisasm failed on {cubin.name}"
