@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -35,39 +36,13 @@ STRICT = "-Werror all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 OF_ROWS, OF_PLANES = 9 * 128 * 24 + 64 + 1024, 128 * 24 + 64 + 1024
 # loads_together: a kernel that waits for each unit before it loads the next has 2 or 3 (of x, grad_y, a residual), in
 # the statistics 1; of how many units they are, docs/performance.md says. Those for sm_120 wait for the first one alone.
+_resident = partial(Rule, wide_loads=True, wide_stores=True, copies=True, clusters=True, loads_together=7)
 RULES = (
     Rule("_gather", 2, wide_loads=False, wide_stores=False),
     Rule("_empty", 4, wide_loads=False, wide_stores=False),
-    Rule(
-        "_resident_rows",
-        1,
-        wide_loads=True,
-        wide_stores=True,
-        shared_bytes=OF_ROWS,
-        copies=True,
-        clusters=True,
-        loads_together=7,
-    ),
-    Rule(
-        "_resident_planes<double",
-        1,
-        wide_loads=True,
-        wide_stores=True,
-        shared_bytes=OF_PLANES,
-        copies=True,
-        clusters=True,
-        loads_together=7,
-    ),
-    Rule(
-        "_resident_planes",
-        2,
-        wide_loads=True,
-        wide_stores=True,
-        shared_bytes=OF_PLANES,
-        copies=True,
-        clusters=True,
-        loads_together=7,
-    ),
+    _resident("_resident_rows", 1, shared_bytes=OF_ROWS),
+    _resident("_resident_planes<double", 1, shared_bytes=OF_PLANES),
+    _resident("_resident_planes", 2, shared_bytes=OF_PLANES),
     Rule("_apply_.*<double", 1, wide_loads=True, wide_stores=True, loads_together=7),
     Rule("_backward_apply_", 2, wide_loads=True, wide_stores=True, loads_together=3),
     Rule("_apply_", 2, wide_loads=True, wide_stores=True, loads_together=7),
