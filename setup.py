@@ -32,7 +32,7 @@ CPP_SOURCES = (
     "csrc/cpu/batch_norm_stats.cpp",
     "csrc/cpu/batch_norm_gather_stats.cpp",
     "csrc/cpu/batch_norm_train.cpp",
-    "csrc/cpu/batch_norm_eval.cpp",
+    "csrc/cpu/batch_norm_apply.cpp",
     "csrc/cpu/batch_norm_backward.cpp",
     "csrc/cpu/transpose.cpp",
     "csrc/cpu/leaves_baseline.cpp",
@@ -44,7 +44,7 @@ CPP_SOURCES = (
 CUDA_SOURCES = (
     "csrc/cuda/batch_norm_stats.cu",
     "csrc/cuda/batch_norm_train.cu",
-    "csrc/cuda/batch_norm_eval.cu",
+    "csrc/cuda/batch_norm_apply.cu",
     "csrc/cuda/batch_norm_backward.cu",
 )
 CUDA_BINDING = ("csrc/ops/cuda.cpp",)

@@ -24,11 +24,15 @@ enum class Activation : int32_t {
 };
 constexpr int kActivations = 10;
 
+// kPlanes: a channel is a number of planes of `inner` consecutive values. kRows: channels are innermost, and a row has
+// one value of each.
+enum class Layout : int32_t { kPlanes, kRows };
+
 struct Problem {
   int64_t outer, channels, inner;
   DType dtype;
 
-  constexpr int64_t rows() const { return outer * inner; }  // values per channel
+  constexpr int64_t values_per_channel() const { return outer * inner; }
   constexpr int64_t numel() const { return outer * channels * inner; }
 };
 
@@ -118,7 +122,8 @@ struct TrainArgs {
   Epilogue epilogue;
 };
 
-struct EvalArgs {
+// Batch norm with statistics that are given: what eval, frozen and apply compute.
+struct ApplyArgs {
   Problem problem;
   const void *x, *residual;
   void* y;

@@ -31,7 +31,6 @@ struct DeviceLimits {
 };
 
 enum class Strategy : int32_t { kEmpty, kSmall, kStreaming, kApply, kReduce, kResident };
-enum class Layout : int32_t { kRows, kPlanes };
 
 // A number known to the host by which a GPU divides, as a multiplication: kernels/layout.cuh.
 struct Divisor {
@@ -109,7 +108,7 @@ struct Merge {
   constexpr uint32_t blocks() const { return (columns + columns_per_block - 1) / columns_per_block; }
 };
 
-struct Plan {
+struct LaunchPlan {
   Strategy strategy;
   Layout layout;
   bool wide;  // 16-byte accesses
@@ -370,7 +369,7 @@ inline Choice prefers_small(const Problem& p, const Rows& rows, const DeviceLimi
     if (bytes <= 2 * kSmallBytes) return {true, "the rows of a channel tile are few"};
     return {false, "the rows of a channel tile are too many for one block"};
   }
-  const int64_t bytes = p.rows() * size_of(p.dtype);
+  const int64_t bytes = p.values_per_channel() * size_of(p.dtype);
   if (bytes <= kSmallBytes) return {true, "a channel is small"};
   if (bytes <= kCachedBytes && p.channels >= 2 * int64_t(device.sm_count)) {
     return {true, "a channel fits the cache, and the channels fill the device", true};
@@ -391,7 +390,7 @@ inline bool prefers_clusters(const Cut& clusters, const Cut& others, int64_t byt
 }
 
 // `tensors`: how many a call reads a second time once the sums are known, and may keep.
-inline Plan resident_plan(Plan plan, const Problem& p, int tensors, const DeviceLimits& device) {
+inline LaunchPlan resident_plan(LaunchPlan plan, const Problem& p, int tensors, const DeviceLimits& device) {
   plan.strategy = Strategy::kResident;
   plan.launches = 1;
   const bool rows = p.inner == 1;
@@ -451,15 +450,15 @@ inline Plan resident_plan(Plan plan, const Problem& p, int tensors, const Device
 // Whether keeping saves more than the waits cost. What fits entirely does: a tile has half of what the chip holds, or
 // it leaves room for another team, which runs while this one waits. Of larger ones one after the other has the whole
 // chip.
-inline bool gains(const Plan& plan, const Problem& p, int tensors) {
+inline bool gains(const LaunchPlan& plan, const Problem& p, int tensors) {
   if (plan.residency.values == p.numel()) return true;
   const int64_t rounds = p.inner == 1 ? plan.reduce_rows.domains() : plan.planes.channels;
   return plan.residency.values * tensors * size_of(p.dtype) > (rounds - 1) * kWaitBytes;
 }
 
 // How the sums are taken. `waits`: something that is written waits for them; else one launch does, however it is cut.
-inline void choose_reduce(Plan* plan, const Problem& p, bool mask, int tensors, const DeviceLimits& device, bool waits,
-                          const Strategy* forced) {
+inline void choose_reduce(LaunchPlan* plan, const Problem& p, bool mask, int tensors, const DeviceLimits& device,
+                          bool waits, const Strategy* forced) {
   const bool rows = p.inner == 1;
   const Rows small_rows = rows ? rows_of(p, 4, 1) : Rows{};
   const char* const obstacle = obstacle_to_small(p, small_rows, mask);
@@ -468,7 +467,7 @@ inline void choose_reduce(Plan* plan, const Problem& p, bool mask, int tensors, 
                                  : prefers_small(p, small_rows, device);
   const bool may_keep = waits && !obstacle_to_resident(p, rows ? resident_rows(p) : Rows{}, mask, device);
   if (may_keep && (forced ? *forced == Strategy::kResident : !choice.small || choice.cached)) {
-    const Plan resident = resident_plan(*plan, p, tensors, device);
+    const LaunchPlan resident = resident_plan(*plan, p, tensors, device);
     if (forced || gains(resident, p, tensors)) {
       *plan = resident;
       return;
@@ -506,7 +505,7 @@ inline void choose_reduce(Plan* plan, const Problem& p, bool mask, int tensors, 
   }
 }
 
-inline void choose_apply(Plan* plan, const Problem& p, const DeviceLimits& device) {
+inline void choose_apply(LaunchPlan* plan, const Problem& p, const DeviceLimits& device) {
   const uint32_t blocks = uint32_t(device.sm_count) * kApplyBlocksPerSm;
   if (p.inner == 1) {
     plan->apply_rows = rows_of(p, 32, blocks);
@@ -515,8 +514,8 @@ inline void choose_apply(Plan* plan, const Problem& p, const DeviceLimits& devic
   }
 }
 
-inline Plan empty_plan(const Problem& p) {
-  Plan plan{};
+inline LaunchPlan empty_plan(const Problem& p) {
+  LaunchPlan plan{};
   plan.strategy = Strategy::kEmpty;
   plan.layout = p.inner == 1 ? Layout::kRows : Layout::kPlanes;
   plan.launches = 1;
@@ -532,10 +531,10 @@ constexpr bool fits(const Problem& p) {
   return p.numel() <= int64_t(1) << 34 && p.channels < int64_t(1) << 31 && planes_fit;
 }
 
-inline Plan plan_train(const Problem& p, const Request& request, const DeviceLimits& device,
-                       const Strategy* forced = nullptr) {
+inline LaunchPlan plan_train(const Problem& p, const Request& request, const DeviceLimits& device,
+                             const Strategy* forced = nullptr) {
   if (p.numel() == 0) return detail::empty_plan(p);
-  Plan plan{};
+  LaunchPlan plan{};
   plan.layout = p.inner == 1 ? Layout::kRows : Layout::kPlanes;
   plan.wide = request.wide;
   detail::choose_reduce(&plan, p, request.mask, 1, device, true, forced);
@@ -546,9 +545,9 @@ inline Plan plan_train(const Problem& p, const Request& request, const DeviceLim
   return plan;
 }
 
-inline Plan plan_stats(const Problem& p, const Request& request, const DeviceLimits& device) {
+inline LaunchPlan plan_stats(const Problem& p, const Request& request, const DeviceLimits& device) {
   if (p.numel() == 0) return detail::empty_plan(p);
-  Plan plan{};
+  LaunchPlan plan{};
   plan.layout = p.inner == 1 ? Layout::kRows : Layout::kPlanes;
   plan.wide = request.wide;
   detail::choose_reduce(&plan, p, false, 1, device, false, nullptr);
@@ -565,9 +564,9 @@ constexpr Merge merge_of(int64_t parts, int64_t channels) {
   return {uint32_t(parts), uint32_t(channels) + 1, detail::kMergeColumns, uint32_t(lanes) * detail::kMergeColumns};
 }
 
-inline Plan plan_eval(const Problem& p, const Request& request, const DeviceLimits& device) {
+inline LaunchPlan plan_apply(const Problem& p, const Request& request, const DeviceLimits& device) {
   if (p.numel() == 0) return detail::empty_plan(p);
-  Plan plan{};
+  LaunchPlan plan{};
   plan.strategy = Strategy::kApply;
   plan.layout = p.inner == 1 ? Layout::kRows : Layout::kPlanes;
   plan.wide = request.wide;
@@ -580,10 +579,10 @@ inline Plan plan_eval(const Problem& p, const Request& request, const DeviceLimi
   return plan;
 }
 
-inline Plan plan_backward(const Problem& p, const BackwardRequest& request, const DeviceLimits& device,
-                          const Strategy* forced = nullptr) {
+inline LaunchPlan plan_backward(const Problem& p, const BackwardRequest& request, const DeviceLimits& device,
+                                const Strategy* forced = nullptr) {
   if (p.numel() == 0) return detail::empty_plan(p);
-  Plan plan{};
+  LaunchPlan plan{};
   plan.layout = p.inner == 1 ? Layout::kRows : Layout::kPlanes;
   plan.wide = request.wide;
   if (!request.sums()) {

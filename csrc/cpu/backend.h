@@ -7,7 +7,7 @@ namespace bnfused::cpu {
 void batch_norm_stats(const MomentsArgs& args);
 void batch_norm_gather_stats(const GatherArgs& args);
 void batch_norm_train(const TrainArgs& args);
-void batch_norm_eval(const EvalArgs& args);
+void batch_norm_apply(const ApplyArgs& args);
 void batch_norm_backward(const BackwardArgs& args);
 
 // to[o][c][r] = from[o][r][c] for values of 2, 4 or 8 bytes.

@@ -12,14 +12,14 @@
 namespace bnfused::cpu {
 namespace {
 
-Backward kind_of(const BackwardArgs& args) {
+BackwardKind kind_of(const BackwardArgs& args) {
   switch (args.epilogue.activation) {
     case Activation::kIdentity:
-      return Backward::kIdentity;
+      return BackwardKind::kIdentity;
     case Activation::kReLU:
-      return args.mask ? Backward::kMaskedReLU : Backward::kReLU;
+      return args.mask ? BackwardKind::kMaskedReLU : BackwardKind::kReLU;
     default:
-      return Backward::kOther;
+      return BackwardKind::kOther;
   }
 }
 
@@ -123,8 +123,8 @@ void finish(const BackwardArgs& args, double per_row, int64_t c, const Sums& sum
 }
 
 template <class T>
-GradArgs<T> grad_args(const BackwardArgs& args, int64_t at, int64_t mask_at) {
-  GradArgs<T> g{};
+GradLoop<T> grad_loop(const BackwardArgs& args, int64_t at, int64_t mask_at) {
+  GradLoop<T> g{};
   g.grad_y = static_cast<const T*>(args.grad_y) + at;
   g.x = static_cast<const T*>(args.x) + at;
   g.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
@@ -143,20 +143,20 @@ void backward_planes(const BackwardArgs& args) {
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
   const int kind = int(kind_of(args));
-  const double per_row = 1 / double(p.rows());
+  const double per_row = 1 / double(p.values_per_channel());
   const bool streaming = streams<T>(p, p.inner, {args.grad_x, args.grad_residual});
   const auto apply = leaf.grad_apply[int(Layout::kPlanes)][streaming][kind];
   const bool writes = args.grad_x || args.grad_residual;
 
   const auto sum_part = [&](int64_t c, const Part& part, const GradAffine<A>& coefficients) {
-    GradArgs<T> g = grad_args<T>(args, part.first(p, c), part.first_mask(p, c));
+    GradLoop<T> g = grad_loop<T>(args, part.first(p, c), part.first_mask(p, c));
     g.runs = part.runs(p);
     g.coefficients = &coefficients.forward.mean;
     g.coefficient_stride = 1;
     return leaf.plane_grad_sums[kind](g);
   };
   const auto apply_part = [&](int64_t c, const Part& part, const GradAffine<A>& coefficients, int64_t prefetch) {
-    GradArgs<T> g = grad_args<T>(args, part.last(p, c), part.last_mask(p, c));
+    GradLoop<T> g = grad_loop<T>(args, part.last(p, c), part.last_mask(p, c));
     g.runs = part.reversed(p);
     g.coefficients = &coefficients.forward.mean;
     g.coefficient_stride = 1;
@@ -167,8 +167,8 @@ void backward_planes(const BackwardArgs& args) {
   const int64_t parts = parts_per_channel(p);
   if (parts == 1) {
     const Part whole = part_of(p, 0, 1);
-    const bool fits = 2 * p.rows() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
-    parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+    const bool fits = 2 * p.values_per_channel() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
+    parallel_for(0, p.channels, grain_for(p.values_per_channel()), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         GradAffine<A> coefficients = recompute<A>(args, c);
         if (needs_sums(args)) finish(args, per_row, c, sum_part(c, whole, coefficients), &coefficients);
@@ -207,17 +207,17 @@ void backward_short_planes(const BackwardArgs& args) {
   const int64_t inner = args.problem.inner, together = p.inner / inner;
   const Leaves<T>& leaf = best_leaves<T>();
   const int kind = int(kind_of(args));
-  const double per_row = 1 / double(args.problem.rows());
+  const double per_row = 1 / double(args.problem.values_per_channel());
   const bool streaming = streams<T>(p, p.inner, {args.grad_x, args.grad_residual});
   const auto apply = leaf.grad_apply[int(Layout::kRows)][streaming][kind];
   const bool writes = args.grad_x || args.grad_residual;
   const Part whole = part_of(p, 0, 1);
-  parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, grain_for(p.values_per_channel()), [&](int64_t begin, int64_t end) {
     GroupCoefficients<T, GradAffine<A>> coefficients(together, inner);
     const auto g_sums = scratch<double>(p.inner), products = scratch<double>(p.inner);
     const auto sums = std::make_unique<Sums[]>(together);
     const auto args_at = [&](int64_t at, int64_t mask_at, Runs runs) {
-      GradArgs<T> g = grad_args<T>(args, at, mask_at);
+      GradLoop<T> g = grad_loop<T>(args, at, mask_at);
       g.runs = runs;
       g.coefficients = coefficients.data();
       g.coefficient_stride = coefficients.stride();
@@ -234,7 +234,7 @@ void backward_short_planes(const BackwardArgs& args) {
                    [&](int64_t first, int count) { recompute<A>(args, first, count, set_forward, set_backward); });
       coefficients.spread(leaf, 0, kForwardCoefficients);
       if (needs_sums(args)) {
-        const GradArgs<T> all = args_at(whole.first(p, group), whole.first_mask(p, group), whole.runs(p));
+        const GradLoop<T> all = args_at(whole.first(p, group), whole.first_mask(p, group), whole.runs(p));
         leaf.row_grad_sums[int(Source::kCache)][kind](all, g_sums.get(), products.get());
         leaf.fold(g_sums.get(), products.get(), together, inner, sums.get());
         for_channels(0, together, [&](int64_t first, int count) {
@@ -270,7 +270,7 @@ class ColumnSums {
   template <class ArgsAt>
   void add(const Leaves<T>& leaf, Source source, int kind, Runs runs, ArgsAt at) {
     for (int64_t row = 0; row < runs.count; row += kBlockRows) {
-      GradArgs<T> g = at(row);
+      GradLoop<T> g = at(row);
       g.runs = {std::min(kBlockRows, runs.count - row), runs.length, runs.stride, runs.mask_stride};
       leaf.row_grad_sums[int(source)][kind](g, of_block_[0].get(), of_block_[1].get());
       for (int k = 0; k < 2; ++k) {
@@ -291,7 +291,7 @@ void backward_rows(const BackwardArgs& args) {
   const Problem& p = args.problem;
   const Leaves<T>& leaf = best_leaves<T>();
   const int kind = int(kind_of(args));
-  const double per_row = 1 / double(p.rows());
+  const double per_row = 1 / double(p.values_per_channel());
   const RowView sum_view = row_view(p, kColumns, args.mask != nullptr);
   const RowView view = row_view(p, kGradApplyColumns, args.mask != nullptr);
   const bool streaming = streams<T>(p, view.columns, {args.grad_x, args.grad_residual});
@@ -310,7 +310,7 @@ void backward_rows(const BackwardArgs& args) {
     });
   });
   const auto args_at = [&](int64_t at) {
-    GradArgs<T> g = grad_args<T>(args, at, at / 8);
+    GradLoop<T> g = grad_loop<T>(args, at, at / 8);
     g.coefficients = coefficients.data();
     g.coefficient_stride = coefficients.stride();
     return g;
@@ -352,7 +352,7 @@ void backward_rows(const BackwardArgs& args) {
     for (int64_t task = begin; task < end; ++task) {
       for_rows_backwards(view, tasks.begin(task), tasks.end(task), 2 * sizeof(T), [&](Runs rows, int64_t first) {
         for_strips(rows, strip, [&](Runs runs, int64_t column) {
-          GradArgs<T> g = args_at(first + column);
+          GradLoop<T> g = args_at(first + column);
           g.runs = runs;
           g.coefficients += column;
           g.prefetch = strip < view.columns ? view.columns : 0;

@@ -6,7 +6,7 @@ namespace bnfused::cpu {
 
 void batch_norm_stats(const MomentsArgs& args) {
   const Problem& p = args.problem;
-  write_count(args.moments, double(p.rows()));
+  write_count(args.moments, double(p.values_per_channel()));
   if (p.numel() == 0) {
     for (int64_t c = 0; c < p.channels; ++c) write(args.moments, c, Moments{});
     return;
@@ -20,7 +20,7 @@ void batch_norm_stats(const MomentsArgs& args) {
       for_each_channel_of_planes(p, x, parts_per_channel(p), keep);
     } else {
       for_each_channel_of_rows(p, x, [&](int64_t first, int count, const double* mean, const double* m2) {
-        for (int i = 0; i < count; ++i) keep(first + i, {double(p.rows()), mean[i], m2[i]});
+        for (int i = 0; i < count; ++i) keep(first + i, {double(p.values_per_channel()), mean[i], m2[i]});
       });
     }
   });

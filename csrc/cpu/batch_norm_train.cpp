@@ -18,8 +18,8 @@ class Finish {
   Finish(const TrainArgs& args, double momentum)
       : args_(args),
         momentum_(momentum),
-        per_row_(1 / double(args.problem.rows())),
-        per_free_row_(1 / (double(args.problem.rows()) - 1)) {}
+        per_row_(1 / double(args.problem.values_per_channel())),
+        per_free_row_(1 / (double(args.problem.values_per_channel()) - 1)) {}
 
   // `count` channels, at most kChannelsTogether: calls set(channel, coefficients).
   template <class A, class Set>
@@ -59,7 +59,7 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
   const T* x = static_cast<const T*>(args.x);
 
   const auto apply_part = [&](int64_t c, const Part& part, const Affine<A>& coefficients, int64_t prefetch) {
-    ApplyArgs<T> a = apply_args<T>(args, part.last(p, c), part.last_mask(p, c));
+    ApplyLoop<T> a = apply_loop<T>(args, part.last(p, c), part.last_mask(p, c));
     a.runs = part.reversed(p);
     a.coefficients = &coefficients.mean;
     a.coefficient_stride = 1;
@@ -72,8 +72,8 @@ void train_planes(const TrainArgs& args, const Finish& finish) {
     const Part whole = part_of(p, 0, 1);
     // While one channel is written, the next one is fetched: reads and writes then share the way to memory.
     const int64_t fetched = args.residual ? 2 : 1;
-    const bool fits = fetched * p.rows() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
-    parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+    const bool fits = fetched * p.values_per_channel() * int64_t(sizeof(T)) <= kPrefetchUpToBytes;
+    parallel_for(0, p.channels, grain_for(p.values_per_channel()), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const Moments m = slab_moments(leaf, x + whole.first(p, c), whole.runs(p));
         apply_part(c, whole, finish.template channel<A>(c, m), fits && c + 1 < end ? prefetch_ahead<T>(p) : 0);
@@ -99,7 +99,7 @@ void train_short_planes(const TrainArgs& args, const Finish& finish) {
   const Leaves<T>& leaf = best_leaves<T>();
   const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args))];
   const Part whole = part_of(p, 0, 1);
-  parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, grain_for(p.values_per_channel()), [&](int64_t begin, int64_t end) {
     GroupMoments<T> moments(together, inner);
     GroupCoefficients<T, Affine<A>> coefficients(together, inner);
     for (int64_t group = begin; group < end; ++group) {
@@ -115,7 +115,7 @@ void train_short_planes(const TrainArgs& args, const Finish& finish) {
                                     [&](int64_t c, const Affine<A>& a) { coefficients[c - first_of_group] = a; });
       });
       coefficients.spread(leaf, 0, kForwardCoefficients);
-      ApplyArgs<T> a = apply_args<T>(args, whole.last(p, group), whole.last_mask(p, group));
+      ApplyLoop<T> a = apply_loop<T>(args, whole.last(p, group), whole.last_mask(p, group));
       a.runs = whole.reversed(p);
       a.coefficients = coefficients.data();
       a.coefficient_stride = coefficients.stride();

@@ -178,17 +178,17 @@ int64_t prefetch_ahead(const Problem& p) {
 }
 
 template <class Args>
-Forward forward_kind(const Args& args) {
-  if (args.mask) return Forward::kMaskedReLU;
-  if (args.epilogue.activation == Activation::kIdentity) return Forward::kIdentity;
-  return args.epilogue.activation == Activation::kReLU ? Forward::kReLU : Forward::kOther;
+ForwardKind forward_kind(const Args& args) {
+  if (args.mask) return ForwardKind::kMaskedReLU;
+  if (args.epilogue.activation == Activation::kIdentity) return ForwardKind::kIdentity;
+  return args.epilogue.activation == Activation::kReLU ? ForwardKind::kReLU : ForwardKind::kOther;
 }
 
-// What the leaves of a forward take from TrainArgs or EvalArgs, from the value (and byte of the mask) on that a part of
-// the work starts at; runs and coefficients are the caller's.
+// What the leaves of a forward take from TrainArgs or ApplyArgs, from the value (and byte of the mask) on that a part
+// of the work starts at; runs and coefficients are the caller's.
 template <class T, class Args>
-ApplyArgs<T> apply_args(const Args& args, int64_t at, int64_t mask_at) {
-  ApplyArgs<T> a{};
+ApplyLoop<T> apply_loop(const Args& args, int64_t at, int64_t mask_at) {
+  ApplyLoop<T> a{};
   a.x = static_cast<const T*>(args.x) + at;
   a.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
   a.y = static_cast<T*>(args.y) + at;
@@ -442,7 +442,7 @@ void apply_rows(const Args& args, const RowView& view, const ColumnCoefficients<
   const int64_t ahead = strip < view.columns ? view.columns : kStreamAheadBytes / int64_t(sizeof(T));
   for_strips(rows, strip, [&](Runs runs, int64_t column) {
     const int64_t at = first + column;
-    ApplyArgs<T> a = apply_args<T>(args, at, at / 8);
+    ApplyLoop<T> a = apply_loop<T>(args, at, at / 8);
     a.runs = runs;
     a.prefetch = streaming ? ahead : 0;
     a.coefficients = coefficients.data() + column;

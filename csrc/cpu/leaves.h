@@ -33,12 +33,10 @@ struct Runs {
 // What the loop over a run does beside the affine map, resolved at compile time: kMaskedReLU meets a residual, and the
 // forward writes the mask that the backward reads. kOther asks the Epilogue at run time: those activations cost far
 // more than the question.
-enum class Forward { kIdentity, kReLU, kMaskedReLU, kOther };
-enum class Backward { kIdentity, kReLU, kMaskedReLU, kOther };
+enum class ForwardKind { kIdentity, kReLU, kMaskedReLU, kOther };
+enum class BackwardKind { kIdentity, kReLU, kMaskedReLU, kOther };
 constexpr int kForwards = 4;
 constexpr int kBackwards = 4;
-
-enum class Layout { kPlanes, kRows };
 
 // Where a pass over rows that only sums them finds them.
 enum class Source { kCache, kMemory };
@@ -53,7 +51,7 @@ constexpr int64_t kLineBytes = 64;
 enum ForwardCoefficient { kMean, kScale, kShift, kForwardCoefficients };
 
 template <class T>
-struct ApplyArgs {
+struct ApplyLoop {
   const T *x, *residual;  // residual may be nullptr
   T* y;
   uint8_t* mask;
@@ -70,7 +68,7 @@ struct ApplyArgs {
 enum BackwardCoefficient { kSlope = kForwardCoefficients, kOffset, kBackwardCoefficients };
 
 template <class T>
-struct GradArgs {
+struct GradLoop {
   const T *grad_y, *x, *residual;
   const uint8_t* mask;
   T *grad_x, *grad_residual;  // either may be nullptr
@@ -104,12 +102,12 @@ struct Leaves {
   // The other way: each channel's value, one every `step`, to its columns. Writes up to a vector more.
   void (*spread)(const A* of_channel, int64_t step, int64_t channels, int64_t inner, A* of_column);
   // Sum of g and of g * (x - mean).
-  Sums (*plane_grad_sums[kBackwards])(const GradArgs<T>&);
+  Sums (*plane_grad_sums[kBackwards])(const GradLoop<T>&);
   // [source][kind]
-  void (*row_grad_sums[2][kBackwards])(const GradArgs<T>&, double* sums, double* products);
+  void (*row_grad_sums[2][kBackwards])(const GradLoop<T>&, double* sums, double* products);
   // [layout][streaming][kind]
-  void (*apply[2][2][kForwards])(const ApplyArgs<T>&);
-  void (*grad_apply[2][2][kBackwards])(const GradArgs<T>&);
+  void (*apply[2][2][kForwards])(const ApplyLoop<T>&);
+  void (*grad_apply[2][2][kBackwards])(const GradLoop<T>&);
 };
 
 // How far, in standard deviations of a block, its mean may lie from the shift that it was summed around; and the range

@@ -123,15 +123,15 @@ BNFUSED_INLINE void rounding(Write write) {
 
 // ---- forward
 
-template <class T, Layout kLayout, bool kStream, Forward kKind, class Round>
-BNFUSED_INLINE void apply_with(const ApplyArgs<T>& args_in, Round& round) {
+template <class T, Layout kLayout, bool kStream, ForwardKind kKind, class Round>
+BNFUSED_INLINE void apply_with(const ApplyLoop<T>& args_in, Round& round) {
   using A = Accumulate<T>;
   using V = Vec<A>;
-  const ApplyArgs<T> args = args_in;
+  const ApplyLoop<T> args = args_in;
   for_each_group<kTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
     const Coefficients<kLayout, A, kForwardCoefficients> coefficients(args.coefficients + run * args.coefficient_step,
                                                                       args.coefficient_stride);
-    constexpr bool kMasked = kKind == Forward::kMaskedReLU;
+    constexpr bool kMasked = kKind == ForwardKind::kMaskedReLU;
     constexpr bool kMayOverlap = !kStream && !kMasked;
     map_vectors<A, kMayOverlap>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
       const auto& c = coefficients.at(i);
@@ -149,17 +149,17 @@ BNFUSED_INLINE void apply_with(const ApplyArgs<T>& args_in, Round& round) {
           uint8_t* bits = args.mask + (run + r) * args.runs.mask_stride + i / 8;
           store_bits_lanes<A>(bits, bits_above(z, kRoundsToZero<T>), lanes);
         }
-        if constexpr (kMasked || kKind == Forward::kReLU) z = relu(z);
-        if constexpr (kKind == Forward::kOther) z = value(args.epilogue, z);
+        if constexpr (kMasked || kKind == ForwardKind::kReLU) z = relu(z);
+        if constexpr (kKind == ForwardKind::kOther) z = value(args.epilogue, z);
         store_lanes<kStream>(args.y + at, z, args.store_ahead, round, lanes);
       }
     });
   });
 }
 
-template <class T, Layout kLayout, bool kStream, Forward kKind>
-void apply(const ApplyArgs<T>& args) {
-  rounding<T, kKind != Forward::kOther>(
+template <class T, Layout kLayout, bool kStream, ForwardKind kKind>
+void apply(const ApplyLoop<T>& args) {
+  rounding<T, kKind != ForwardKind::kOther>(
       [&](auto& round) BNFUSED_INLINE_LAMBDA { apply_with<T, kLayout, kStream, kKind>(args, round); });
 }
 
@@ -425,24 +425,24 @@ void spread(const A* of_channel, int64_t step, int64_t channels, int64_t inner, 
 // ---- backward
 
 // g = grad_y * act'(z) for the vector at (run, i), and d = x - mean, or 0 where neither this nor the caller needs it.
-template <class T, Backward kKind, bool kWithD, class C>
-BNFUSED_INLINE Pair<Accumulate<T>> gated(const GradArgs<T>& args, const C& c, int64_t run, int64_t i, auto lanes) {
+template <class T, BackwardKind kKind, bool kWithD, class C>
+BNFUSED_INLINE Pair<Accumulate<T>> gated(const GradLoop<T>& args, const C& c, int64_t run, int64_t i, auto lanes) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const int64_t at = run * args.runs.stride + i;
   V d(A(0));
-  if constexpr (kWithD || kKind == Backward::kReLU || kKind == Backward::kOther) {
+  if constexpr (kWithD || kKind == BackwardKind::kReLU || kKind == BackwardKind::kOther) {
     const V mean = c[kMean];
     d = load_lanes(args.x + at, lanes, mean) - mean;
   }
   V g = unfolded(load_lanes(args.grad_y + at, lanes, V(A(0))));
-  if constexpr (kKind == Backward::kReLU) {
+  if constexpr (kKind == BackwardKind::kReLU) {
     const V z = fma(d, c[kScale], c[kShift]);
     g = select<A>(z <= V(kRoundsToZero<T>), V(A(0)), g);
-  } else if constexpr (kKind == Backward::kMaskedReLU) {
+  } else if constexpr (kKind == BackwardKind::kMaskedReLU) {
     const uint8_t* bits = args.mask + run * args.runs.mask_stride + i / 8;
     g = select_bits(load_bits_lanes<A>(bits, lanes), g, V(A(0)));
-  } else if constexpr (kKind == Backward::kOther) {
+  } else if constexpr (kKind == BackwardKind::kOther) {
     V z = fma(d, c[kScale], c[kShift]);
     if (args.residual) z = z + load_lanes(args.residual + at, lanes, V(A(0)));
     g = gradient(args.epilogue, g, z);
@@ -450,19 +450,19 @@ BNFUSED_INLINE Pair<Accumulate<T>> gated(const GradArgs<T>& args, const C& c, in
   return {g, d};
 }
 
-template <class T, Backward kKind>
-Sums plane_grad_sums(const GradArgs<T>& args_in) {
+template <class T, BackwardKind kKind>
+Sums plane_grad_sums(const GradLoop<T>& args_in) {
   using A = Accumulate<T>;
-  const GradArgs<T> args = args_in;
+  const GradLoop<T> args = args_in;
   const Broadcast<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
   return sum_all<A>(args.runs, [&](int64_t run, int64_t i, auto lanes)
                                    BNFUSED_INLINE_LAMBDA { return gated<T, kKind, true>(args, c, run, i, lanes); });
 }
 
-template <class T, Source kSource, Backward kKind>
-void row_grad_sums(const GradArgs<T>& args_in, double* sums, double* products) {
+template <class T, Source kSource, BackwardKind kKind>
+void row_grad_sums(const GradLoop<T>& args_in, double* sums, double* products) {
   using A = Accumulate<T>;
-  const GradArgs<T> args = args_in;
+  const GradLoop<T> args = args_in;
   const PerColumn<A, kForwardCoefficients> c(args.coefficients, args.coefficient_stride);
   sum_columns<kPlaces<T, kSource, 2>, A>(
       args.runs,
@@ -475,14 +475,14 @@ void row_grad_sums(const GradArgs<T>& args_in, double* sums, double* products) {
       sums, products);
 }
 
-template <class T, Layout kLayout, bool kStream, Backward kKind, bool kTraining, class Round>
-BNFUSED_INLINE void grad_apply_with(const GradArgs<T>& args_in, Round& round) {
+template <class T, Layout kLayout, bool kStream, BackwardKind kKind, bool kTraining, class Round>
+BNFUSED_INLINE void grad_apply_with(const GradLoop<T>& args_in, Round& round) {
   using A = Accumulate<T>;
   using V = Vec<A>;
-  const GradArgs<T> args = args_in;
+  const GradLoop<T> args = args_in;
   const Coefficients<kLayout, A, kBackwardCoefficients> coefficients(args.coefficients, args.coefficient_stride);
   for_each_group<kTogether<kLayout, kStream>>(args.runs.count, [&](int64_t run, auto count) BNFUSED_INLINE_LAMBDA {
-    constexpr bool kMayOverlap = !kStream && kKind != Backward::kMaskedReLU;
+    constexpr bool kMayOverlap = !kStream && kKind != BackwardKind::kMaskedReLU;
     map_vectors<A, kMayOverlap>(args.runs.length, [&](int64_t i, auto lanes) BNFUSED_INLINE_LAMBDA {
       const auto& from = coefficients.at(i);
       V c[kBackwardCoefficients];
@@ -506,9 +506,9 @@ BNFUSED_INLINE void grad_apply_with(const GradArgs<T>& args_in, Round& round) {
   });
 }
 
-template <class T, Layout kLayout, bool kStream, Backward kKind>
-void grad_apply(const GradArgs<T>& args) {
-  rounding<T, kKind != Backward::kOther>([&](auto& round) BNFUSED_INLINE_LAMBDA {
+template <class T, Layout kLayout, bool kStream, BackwardKind kKind>
+void grad_apply(const GradLoop<T>& args) {
+  rounding<T, kKind != BackwardKind::kOther>([&](auto& round) BNFUSED_INLINE_LAMBDA {
     if (args.training) {
       grad_apply_with<T, kLayout, kStream, kKind, true>(args, round);
     } else {
@@ -520,8 +520,8 @@ void grad_apply(const GradArgs<T>& args) {
 template <class T>
 constexpr Leaves<T> make_leaves() {
   constexpr auto P = Layout::kPlanes, R = Layout::kRows;
-  using F = Forward;
-  using B = Backward;
+  using F = ForwardKind;
+  using B = BackwardKind;
   using S = Source;
   return {
       plane_moments<T>,

@@ -258,7 +258,7 @@ template <class T, class F>
 void for_each_channel_of_planes(const Problem& p, const T* x, int64_t parts, F f) {
   const Leaves<T>& leaf = best_leaves<T>();
   const auto moments = std::make_unique<Moments[]>(p.channels * parts);
-  const int64_t grain = parts == 1 ? grain_for(p.rows()) : 1;
+  const int64_t grain = parts == 1 ? grain_for(p.values_per_channel()) : 1;
   parallel_for(0, p.channels * parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Part part = part_of(p, i % parts, parts);
@@ -279,7 +279,7 @@ void for_each_channel_of_groups(const Problem& of_channels, const T* x, F f) {
   const int64_t together = p.inner / of_channels.inner;
   const Leaves<T>& leaf = best_leaves<T>();
   const Part whole = part_of(p, 0, 1);
-  parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, grain_for(p.values_per_channel()), [&](int64_t begin, int64_t end) {
     GroupMoments<T> moments(together, of_channels.inner);
     for (int64_t group = begin; group < end; ++group) {
       moments.sum(leaf, x + whole.first(p, group), whole.runs(p));

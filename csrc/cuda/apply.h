@@ -1,11 +1,12 @@
-// The second half of the training forward and all of eval: the same kernels, compiled once, in batch_norm_eval.cu.
+// The launch that batch_norm_apply is, and that the training forward ends with. Its kernels are compiled once, in
+// batch_norm_apply.cu.
 #pragma once
 #include "cuda/launch.h"
 #include "kernels/batch_norm_apply.cuh"
 
 namespace bnfused::cuda {
 
-struct ApplyArgs {
+struct ApplyLaunch {
   Problem problem;
   const void *x, *residual;
   void* y;
@@ -14,6 +15,6 @@ struct ApplyArgs {
   Epilogue epilogue;
 };
 
-cudaError_t apply(const ApplyArgs&, const Plan&, cudaStream_t);
+cudaError_t apply(const ApplyLaunch&, const LaunchPlan&, cudaStream_t);
 
 }  // namespace bnfused::cuda

@@ -16,7 +16,7 @@ template <class T>
 using Constants = GradAffine<Accumulate<T>>;
 
 template <class T, class Activation>
-GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Workspace workspace,
+GradArgs<T, Activation> grad_args(const BackwardArgs& args, const LaunchPlan& plan, Workspace workspace,
                                   Activation activation) {
   GradArgs<T, Activation> g{{static_cast<const T*>(args.grad_y), static_cast<const T*>(args.x),
                              static_cast<const T*>(args.residual), args.mask, static_cast<T*>(args.grad_x),
@@ -33,7 +33,7 @@ GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Wo
                  args.grad_weight,
                  args.grad_bias,
                  request_of(args).waits() ? slopes : nullptr,
-                 1 / double(args.problem.rows()),
+                 1 / double(args.problem.values_per_channel()),
                  args.sum_grad,
                  args.sum_grad_xhat,
                  args.batch_count};
@@ -43,7 +43,7 @@ GradArgs<T, Activation> grad_args(const BackwardArgs& args, const Plan& plan, Wo
 
 // In one launch.
 template <class T, class Act>
-cudaError_t resident(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_t stream) {
+cudaError_t resident(const GradArgs<T, Act>& args, const LaunchPlan& plan, cudaStream_t stream) {
   static_assert(std::max(sizeof(Forward<T>) + sizeof(GradSums), sizeof(Constants<T>)) <= detail::kSharedOfColumn);
   if (plan.layout == Layout::kPlanes) {
     return launch_resident(plan, plan.planes, stream, batch_norm_backward_resident_planes<T, Act>, args);
@@ -53,7 +53,7 @@ cudaError_t resident(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_
 
 // `write`: the gradients of the tensors do not depend on the sums, and are written in the same pass.
 template <class T, class Act>
-cudaError_t reduce(const GradArgs<T, Act>& args, const Plan& plan, bool write, cudaStream_t stream) {
+cudaError_t reduce(const GradArgs<T, Act>& args, const LaunchPlan& plan, bool write, cudaStream_t stream) {
   if (plan.layout == Layout::kPlanes) {
     const Planes& s = plan.planes;
     return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_backward_reduce_planes<T, Act>, args, write, s);
@@ -64,7 +64,7 @@ cudaError_t reduce(const GradArgs<T, Act>& args, const Plan& plan, bool write, c
 }
 
 template <class T, class Act>
-cudaError_t apply(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_t stream) {
+cudaError_t apply(const GradArgs<T, Act>& args, const LaunchPlan& plan, cudaStream_t stream) {
   if (plan.layout == Layout::kPlanes) {
     const Flat& s = plan.flat;
     return launch(config(s.blocks(), s.threads, table_bytes<Constants<T>>(s), stream),
@@ -77,7 +77,7 @@ cudaError_t apply(const GradArgs<T, Act>& args, const Plan& plan, cudaStream_t s
 
 }  // namespace
 
-int64_t workspace_bytes(const Plan& plan, const Problem& p) {
+int64_t workspace_bytes(const LaunchPlan& plan, const Problem& p) {
   static_assert(sizeof(GradSums) <= sizeof(Moments<double>) && sizeof(Moments<float>) == sizeof(Moments<double>));
   return p.channels * int64_t(sizeof(Slope)) + plan.partials * int64_t(sizeof(Moments<double>));
 }
@@ -93,7 +93,8 @@ BackwardRequest request_of(const BackwardArgs& args) {
           bool(args.sum_grad)};
 }
 
-cudaError_t batch_norm_backward(const BackwardArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+cudaError_t batch_norm_backward(const BackwardArgs& args, const LaunchPlan& plan, Workspace workspace,
+                                cudaStream_t stream) {
   if (plan.strategy == Strategy::kEmpty) return launch_empty(args, nullptr, stream);
   return with_dtype(args.problem.dtype, [&](auto t) {
     using T = decltype(t);

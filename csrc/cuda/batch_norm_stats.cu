@@ -7,7 +7,7 @@ namespace bnfused::cuda {
 namespace {
 
 template <class Args>
-cudaError_t stats_of(const Args& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+cudaError_t stats_of(const Args& args, const LaunchPlan& plan, Workspace workspace, cudaStream_t stream) {
   return with_dtype(args.problem.dtype, [&](auto t) {
     using T = decltype(t);
     const auto stats = stats_args<T>(args, plan, workspace);
@@ -22,13 +22,14 @@ cudaError_t stats_of(const Args& args, const Plan& plan, Workspace workspace, cu
 
 }  // namespace
 
-cudaError_t stats(const TrainArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+cudaError_t stats(const TrainArgs& args, const LaunchPlan& plan, Workspace workspace, cudaStream_t stream) {
   return stats_of(args, plan, workspace, stream);
 }
 
 Request request_of(const MomentsArgs& args) { return {is_wide({args.x})}; }
 
-cudaError_t batch_norm_stats(const MomentsArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+cudaError_t batch_norm_stats(const MomentsArgs& args, const LaunchPlan& plan, Workspace workspace,
+                             cudaStream_t stream) {
   if (plan.strategy == Strategy::kEmpty) return launch_empty(args, nullptr, stream);
   return stats_of(args, plan, workspace, stream);
 }

@@ -8,7 +8,7 @@ namespace bnfused::cuda {
 namespace {
 
 template <class T, class Activation>
-ForwardBody<T, Activation> body_of(const TrainArgs& args, const Plan& plan, Activation activation) {
+ForwardBody<T, Activation> body_of(const TrainArgs& args, const LaunchPlan& plan, Activation activation) {
   return {static_cast<const T*>(args.x),
           static_cast<const T*>(args.residual),
           static_cast<T*>(args.y),
@@ -23,7 +23,7 @@ ForwardConstants constants_of(const TrainArgs& args) {
 
 // In one launch.
 template <class T>
-cudaError_t resident(const TrainArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+cudaError_t resident(const TrainArgs& args, const LaunchPlan& plan, Workspace workspace, cudaStream_t stream) {
   return with_activation(args.epilogue, [&](auto activation) {
     using Act = decltype(activation);
     static_assert(std::max(sizeof(Moments<Accumulate<T>>), sizeof(Affine<Accumulate<T>>)) <= detail::kSharedOfColumn);
@@ -43,7 +43,7 @@ Request request_of(const TrainArgs& args) {
   return {is_wide({args.x, args.residual, args.y}), args.residual != nullptr, args.mask != nullptr};
 }
 
-cudaError_t batch_norm_train(const TrainArgs& args, const Plan& plan, Workspace workspace, cudaStream_t stream) {
+cudaError_t batch_norm_train(const TrainArgs& args, const LaunchPlan& plan, Workspace workspace, cudaStream_t stream) {
   if (plan.strategy == Strategy::kEmpty) return launch_empty(args, args.num_batches_tracked, stream);
   if (plan.strategy == Strategy::kSmall || plan.strategy == Strategy::kResident) {
     return with_dtype(args.problem.dtype, [&](auto t) { return resident<decltype(t)>(args, plan, workspace, stream); });

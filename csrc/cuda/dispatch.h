@@ -69,7 +69,7 @@ cudaError_t launch_empty(const Args& args, int64_t* num_batches_tracked, cudaStr
 
 // kSmall and kResident. Where blocks wait for each other those of a cluster run at once, or all do, or nothing runs.
 template <class Shape, class... Parameters, class... Arguments>
-cudaError_t launch_resident(const Plan& plan, const Shape& s, cudaStream_t stream, void (*kernel)(Parameters...),
+cudaError_t launch_resident(const LaunchPlan& plan, const Shape& s, cudaStream_t stream, void (*kernel)(Parameters...),
                             const Arguments&... arguments) {
   Residency residency = plan.residency;
   LaunchConfig c = config(residency.blocks(s.parts), s.threads, residency.keeps_bytes, stream);

@@ -17,24 +17,24 @@ struct Workspace {
 
 Request request_of(const MomentsArgs&);
 Request request_of(const TrainArgs&);
-Request request_of(const EvalArgs&);
+Request request_of(const ApplyArgs&);
 BackwardRequest request_of(const BackwardArgs&);
 
-int64_t workspace_bytes(const Plan&, const Problem&);
+int64_t workspace_bytes(const LaunchPlan&, const Problem&);
 
 // What the launch returned; errors of the kernels themselves show up later, as always.
-cudaError_t batch_norm_train(const TrainArgs&, const Plan&, Workspace, cudaStream_t);
-cudaError_t batch_norm_eval(const EvalArgs&, const Plan&, cudaStream_t);
-cudaError_t batch_norm_stats(const MomentsArgs&, const Plan&, Workspace, cudaStream_t);
+cudaError_t batch_norm_train(const TrainArgs&, const LaunchPlan&, Workspace, cudaStream_t);
+cudaError_t batch_norm_apply(const ApplyArgs&, const LaunchPlan&, cudaStream_t);
+cudaError_t batch_norm_stats(const MomentsArgs&, const LaunchPlan&, Workspace, cudaStream_t);
 cudaError_t batch_norm_gather_stats(const GatherArgs&, unsigned* ticket, cudaStream_t);
-cudaError_t batch_norm_backward(const BackwardArgs&, const Plan&, Workspace, cudaStream_t);
+cudaError_t batch_norm_backward(const BackwardArgs&, const LaunchPlan&, Workspace, cudaStream_t);
 
 // Launches by the plan for `device`. One that others share may have less room than its limits say for blocks that wait
 // for each other: then by the plan for one without clusters, and then for one where none wait.
 template <class PlanFor, class Launch>
 cudaError_t launch_planned(DeviceLimits device, PlanFor plan_for, Launch launch) {
   for (;;) {
-    const Plan plan = plan_for(device);
+    const LaunchPlan plan = plan_for(device);
     const cudaError_t status = launch(plan);
     if (status != cudaErrorCooperativeLaunchTooLarge || !device.cooperative) return status;
     (plan.residency.cluster > 1 ? device.clusters : device.cooperative) = false;

@@ -7,7 +7,7 @@
 namespace bnfused::cuda {
 
 template <class T, class Args>
-StatsArgs<T> stats_args(const Args& args, const Plan& plan, Workspace workspace) {
+StatsArgs<T> stats_args(const Args& args, const LaunchPlan& plan, Workspace workspace) {
   return {static_cast<const T*>(args.x),
           args.problem.numel(),
           plan.wide,
@@ -17,6 +17,6 @@ StatsArgs<T> stats_args(const Args& args, const Plan& plan, Workspace workspace)
           FinishStats(args)};
 }
 
-cudaError_t stats(const TrainArgs&, const Plan&, Workspace, cudaStream_t);
+cudaError_t stats(const TrainArgs&, const LaunchPlan&, Workspace, cudaStream_t);
 
 }  // namespace bnfused::cuda

@@ -17,7 +17,7 @@ __device__ __forceinline__ void finish_empty(const TrainArgs& args, uint32_t c) 
 
 __device__ __forceinline__ void finish_empty(const MomentsArgs& args, uint32_t c) { pack(args.moments, c, 0, 0, 0); }
 
-__device__ __forceinline__ void finish_empty(const EvalArgs& args, uint32_t c) {
+__device__ __forceinline__ void finish_empty(const ApplyArgs& args, uint32_t c) {
   if (args.mean == nullptr) return;
   args.mean[c] = read(args.running_mean, c, 0);
   args.invstd[c] = 1 / sqrt(read(args.running_var, c, 1) + args.eps);
@@ -30,7 +30,7 @@ __device__ __forceinline__ void finish_empty(const BackwardArgs& args, uint32_t 
 
 // Values without channels are counted too.
 __device__ __forceinline__ void count_empty(const MomentsArgs& args) {
-  pack_count(args.moments, double(args.problem.rows()));
+  pack_count(args.moments, double(args.problem.values_per_channel()));
 }
 template <class Args>
 __device__ __forceinline__ void count_empty(const Args&) {}

@@ -251,16 +251,16 @@ struct FinishStats : RunningStats {
 
   explicit FinishStats(const TrainArgs& args)
       : RunningStats(args),
-        count(double(args.problem.rows())),
+        count(double(args.problem.values_per_channel())),
         mean(args.mean),
         invstd(args.invstd),
         eps(args.eps),
-        per_value(1 / double(args.problem.rows())),
-        per_free_value(1 / (double(args.problem.rows()) - 1)) {}
+        per_value(1 / double(args.problem.values_per_channel())),
+        per_free_value(1 / (double(args.problem.values_per_channel()) - 1)) {}
 
   explicit FinishStats(const MomentsArgs& args)
       : packed(args.moments),
-        count(double(args.problem.rows())),
+        count(double(args.problem.values_per_channel())),
         mean(nullptr),
         invstd(nullptr),
         eps(0),

@@ -36,7 +36,7 @@ struct Cpu {
     bnfused::cpu::batch_norm_gather_stats(args);
   }
   static void batch_norm_train(const bnfused::TrainArgs& args, c10::Device) { bnfused::cpu::batch_norm_train(args); }
-  static void batch_norm_eval(const bnfused::EvalArgs& args, c10::Device) { bnfused::cpu::batch_norm_eval(args); }
+  static void batch_norm_apply(const bnfused::ApplyArgs& args, c10::Device) { bnfused::cpu::batch_norm_apply(args); }
   static void batch_norm_backward(const bnfused::BackwardArgs& args, c10::Device) {
     bnfused::cpu::batch_norm_backward(args);
   }

@@ -114,7 +114,7 @@ void check_fits(const Problem& p, const char* op) {
 
 // Every argument struct has x's problem and lies on x's device, which ops.h has checked; `x` says which.
 struct Workspaces {
-  Workspaces(const Call& call, const Plan& plan, const Problem& p) {
+  Workspaces(const Call& call, const LaunchPlan& plan, const Problem& p) {
     partials = at::empty({cuda::workspace_bytes(plan, p)}, at::TensorOptions().dtype(at::kByte).device(call.device));
     tickets = tickets_for(call, plan.tickets);
   }
@@ -128,7 +128,7 @@ struct Workspaces {
 // With a workspace for each plan that is tried.
 template <class PlanFor, class Launch>
 void run(const Call& call, const Problem& p, PlanFor plan_for, Launch launch) {
-  const cudaError_t status = cuda::launch_planned(call.limits, plan_for, [&](const Plan& plan) {
+  const cudaError_t status = cuda::launch_planned(call.limits, plan_for, [&](const LaunchPlan& plan) {
     const Workspaces workspaces(call, plan, p);
     const cudaError_t of_launch = launch(plan, workspaces.get());
     if (of_launch != cudaSuccess) cudaGetLastError();  // or a later call would find it
@@ -141,7 +141,7 @@ struct Cuda {
   static void batch_norm_stats(const MomentsArgs& args, c10::Device device) {
     const Call call("bnfused::batch_norm_stats", device);
     check_fits(args.problem, call.op);
-    const Plan plan = plan_stats(args.problem, cuda::request_of(args), call.limits);
+    const LaunchPlan plan = plan_stats(args.problem, cuda::request_of(args), call.limits);
     const Workspaces workspaces(call, plan, args.problem);
     check(cuda::batch_norm_stats(args, plan, workspaces.get(), call.stream), call.op);
   }
@@ -158,16 +158,16 @@ struct Cuda {
     run(
         call, args.problem,
         [&](const DeviceLimits& device) { return plan_train(args.problem, cuda::request_of(args), device); },
-        [&](const Plan& plan, cuda::Workspace workspace) {
+        [&](const LaunchPlan& plan, cuda::Workspace workspace) {
           return cuda::batch_norm_train(args, plan, workspace, call.stream);
         });
   }
 
-  static void batch_norm_eval(const EvalArgs& args, c10::Device device) {
-    const Call call("bnfused::batch_norm_eval", device);
+  static void batch_norm_apply(const ApplyArgs& args, c10::Device device) {
+    const Call call("bnfused::batch_norm_apply", device);
     check_fits(args.problem, call.op);
-    const Plan plan = plan_eval(args.problem, cuda::request_of(args), call.limits);
-    check(cuda::batch_norm_eval(args, plan, call.stream), call.op);
+    const LaunchPlan plan = plan_apply(args.problem, cuda::request_of(args), call.limits);
+    check(cuda::batch_norm_apply(args, plan, call.stream), call.op);
   }
 
   static void batch_norm_backward(const BackwardArgs& args, c10::Device device) {
@@ -176,7 +176,7 @@ struct Cuda {
     run(
         call, args.problem,
         [&](const DeviceLimits& device) { return plan_backward(args.problem, cuda::request_of(args), device); },
-        [&](const Plan& plan, cuda::Workspace workspace) {
+        [&](const LaunchPlan& plan, cuda::Workspace workspace) {
           return cuda::batch_norm_backward(args, plan, workspace, call.stream);
         });
   }

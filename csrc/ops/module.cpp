@@ -62,7 +62,7 @@ py::dict describe(const Flat& s) {
 }
 
 // The launches in order: what each does, and how it is cut.
-py::list describe_launches(const Plan& plan) {
+py::list describe_launches(const LaunchPlan& plan) {
   py::list launches;
   const auto add = [&](const char* kernel, py::dict shape) {
     shape["kernel"] = kernel;
@@ -106,13 +106,13 @@ py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, in
   const DeviceLimits device{sm_count, compute_capability, shared_per_sm, cooperative};
   const std::optional<Strategy> forced = strategy ? std::optional(strategy_of(*strategy)) : std::nullopt;
   const Strategy* asked = forced ? &*forced : nullptr;
-  Plan plan;
+  LaunchPlan plan;
   if (op == "stats") {
     plan = plan_stats(problem, {wide}, device);
   } else if (op == "train") {
     plan = plan_train(problem, {wide, residual, mask}, device, asked);
   } else if (op == "eval") {
-    plan = plan_eval(problem, {wide, residual, mask}, device);
+    plan = plan_apply(problem, {wide, residual, mask}, device);
   } else if (op == "backward") {
     const BackwardRequest request{wide, residual, mask, training, grad_x, grad_residual, grad_parameters, means};
     plan = plan_backward(problem, request, device, asked);

@@ -1,7 +1,7 @@
 // The ops, once for every backend: checks, allocation, saved tensors. A backend is a struct with
 //
 //   static void batch_norm_train(const TrainArgs&, c10::Device);
-//   static void batch_norm_eval(const EvalArgs&, c10::Device);
+//   static void batch_norm_apply(const ApplyArgs&, c10::Device);
 //   static void batch_norm_backward(const BackwardArgs&, c10::Device);
 //   static void batch_norm_stats(const MomentsArgs&, c10::Device);
 //   static void batch_norm_gather_stats(const GatherArgs&, c10::Device);
@@ -219,7 +219,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
 
   const at::Tensor x = dense(x_in);
   const Problem p = problem_of(x);
-  TORCH_CHECK_VALUE(p.rows() != 1 || p.channels == 0,
+  TORCH_CHECK_VALUE(p.values_per_channel() != 1 || p.channels == 0,
                     "Expected more than 1 value per channel when training, got input size torch.Size(", x.sizes(), ")");
   const OptionalTensor residual = in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
@@ -278,7 +278,7 @@ at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const
   const OptionalTensor running_mean = running_mean_in.contiguous(), running_var = running_var_in.contiguous();
   const at::Tensor y = Backend::empty_like(x);
 
-  EvalArgs args{};
+  ApplyArgs args{};
   args.problem = p;
   args.x = x.const_data_ptr();
   args.residual = data_of(residual);
@@ -295,7 +295,7 @@ at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const
     args.mean = saved->mean.mutable_data_ptr<double>();
     args.invstd = saved->invstd.mutable_data_ptr<double>();
   }
-  Backend::batch_norm_eval(args, x.device());
+  Backend::batch_norm_apply(args, x.device());
   return y;
 }
 

@@ -89,7 +89,7 @@ class DeviceMemory {
 // Memory for a launch beside its arguments; checks that the tickets are left as they were found.
 class DeviceWorkspace {
  public:
-  DeviceWorkspace(const Plan& plan, const Problem& problem)
+  DeviceWorkspace(const LaunchPlan& plan, const Problem& problem)
       : DeviceWorkspace(cuda::workspace_bytes(plan, problem), plan.tickets) {}
   DeviceWorkspace(int64_t bytes_of_partials, int64_t tickets)
       : partials_("partials", static_cast<size_t>(bytes_of_partials)),
@@ -137,7 +137,7 @@ int64_t bytes_of(const Problem& p) { return p.numel() * detail::size_of(p.dtype)
 // With the strategy that the tests force, or the planner's choice.
 template <class PlanFor, class Launch>
 void run(const Problem& p, PlanFor plan_for, Launch launch) {
-  check(cuda::launch_planned(limits(), plan_for, [&](const Plan& plan) {
+  check(cuda::launch_planned(limits(), plan_for, [&](const LaunchPlan& plan) {
     DeviceWorkspace workspace(plan, p);
     choose_schedule();
     const cudaError_t status = launch(plan, workspace.get());
@@ -159,7 +159,7 @@ struct Emulated {
     args.moments = memory.output(host.moments, p.channels);
 
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
-    const Plan plan = plan_stats(p, cuda::request_of(args), limits());
+    const LaunchPlan plan = plan_stats(p, cuda::request_of(args), limits());
     DeviceWorkspace workspace(plan, p);
     choose_schedule();
     check(cuda::batch_norm_stats(args, plan, workspace.get(), nullptr));
@@ -211,18 +211,18 @@ struct Emulated {
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
     run(
         p, [&](const DeviceLimits& device) { return plan_train(p, cuda::request_of(args), device, forced()); },
-        [&](const Plan& plan, cuda::Workspace workspace) {
+        [&](const LaunchPlan& plan, cuda::Workspace workspace) {
           return cuda::batch_norm_train(args, plan, workspace, nullptr);
         });
     memory.copy_back();
   }
 
-  static void batch_norm_eval(const EvalArgs& host, c10::Device) {
+  static void batch_norm_apply(const ApplyArgs& host, c10::Device) {
     const std::lock_guard lock(one_device);
     const Problem& p = host.problem;
     const int64_t bytes = bytes_of(p), c = p.channels, doubles = c * static_cast<int64_t>(sizeof(double));
     DeviceMemory memory;
-    EvalArgs args = host;
+    ApplyArgs args = host;
     args.x = memory.input("x", host.x, bytes);
     args.residual = memory.input("residual", host.residual, bytes);
     args.y = memory.output("y", host.y, bytes);
@@ -235,9 +235,9 @@ struct Emulated {
     args.invstd = memory.output("invstd", host.invstd, doubles);
 
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
-    const Plan plan = plan_eval(p, cuda::request_of(args), limits());
+    const LaunchPlan plan = plan_apply(p, cuda::request_of(args), limits());
     choose_schedule();
-    check(cuda::batch_norm_eval(args, plan, nullptr));
+    check(cuda::batch_norm_apply(args, plan, nullptr));
     memory.copy_back();
   }
 
@@ -266,7 +266,7 @@ struct Emulated {
     TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
     run(
         p, [&](const DeviceLimits& device) { return plan_backward(p, cuda::request_of(args), device, forced()); },
-        [&](const Plan& plan, cuda::Workspace workspace) {
+        [&](const LaunchPlan& plan, cuda::Workspace workspace) {
           return cuda::batch_norm_backward(args, plan, workspace, nullptr);
         });
     memory.copy_back();

@@ -206,7 +206,7 @@ class Memory {
     return {p, dtype};
   }
 
-  cuda::Workspace workspace(const Plan& plan, const Problem& problem) {
+  cuda::Workspace workspace(const LaunchPlan& plan, const Problem& problem) {
     void* partials = add("partials", cuda::workspace_bytes(plan, problem), 0).data();
     return {partials, tickets(plan.tickets)};
   }
@@ -257,7 +257,7 @@ cudaError_t gather(const Case& c, const void* x, const RunningArgs& running, dou
   const DType packed = p.dtype == kDouble ? kDouble : kFloat;
   const int64_t size = packed_size(p.channels, packed == kDouble);
   const MomentsArgs args{p, x, packed_at(memory.result("part", size, packed).data, p.channels, packed)};
-  const Plan plan = plan_stats(p, cuda::request_of(args), c.device);
+  const LaunchPlan plan = plan_stats(p, cuda::request_of(args), c.device);
   const cudaError_t status = cuda::batch_norm_stats(args, plan, memory.workspace(plan, p), nullptr);
   if (status != cudaSuccess) return status;
 
@@ -318,18 +318,19 @@ cudaError_t run(const Case& c, Memory& memory) {
     auto* whole_var = static_cast<double*>(memory.result("whole_var", doubles));
     status = gather(c, x, {running_mean, running_var, counter}, whole_mean, whole_var, memory);
     if (status != cudaSuccess) return status;
-    const EvalArgs args{
+    const ApplyArgs args{
         p,    x,      residual, y,       mask, weight, bias, {whole_mean, kDouble}, {whole_var, kDouble},
         mean, invstd, kEps,     epilogue};
-    status = cuda::batch_norm_eval(args, plan_eval(p, cuda::request_of(args), c.device), nullptr);
+    status = cuda::batch_norm_apply(args, plan_apply(p, cuda::request_of(args), c.device), nullptr);
   } else if (c.training) {
     const TrainArgs args{p,           x,       residual, y,      mask, weight, bias, running_mean,
                          running_var, counter, mean,     invstd, kEps, 0,      true, epilogue};
-    const Plan plan = plan_train(p, cuda::request_of(args), c.device, forced);
+    const LaunchPlan plan = plan_train(p, cuda::request_of(args), c.device, forced);
     status = cuda::batch_norm_train(args, plan, memory.workspace(plan, p), nullptr);
   } else {
-    const EvalArgs args{p, x, residual, y, mask, weight, bias, running_mean, running_var, mean, invstd, kEps, epilogue};
-    status = cuda::batch_norm_eval(args, plan_eval(p, cuda::request_of(args), c.device), nullptr);
+    const ApplyArgs args{p,           x,    residual, y,    mask,    weight, bias, running_mean,
+                         running_var, mean, invstd,   kEps, epilogue};
+    status = cuda::batch_norm_apply(args, plan_apply(p, cuda::request_of(args), c.device), nullptr);
   }
   if (status != cudaSuccess) return status;
 
@@ -356,7 +357,7 @@ cudaError_t run(const Case& c, Memory& memory) {
     BackwardArgs sums = args;
     sums.training = false;
     sums.grad_x = sums.grad_residual = nullptr;
-    const Plan plan = plan_backward(p, cuda::request_of(sums), c.device);
+    const LaunchPlan plan = plan_backward(p, cuda::request_of(sums), c.device);
     status = cuda::batch_norm_backward(sums, plan, memory.workspace(plan, p), nullptr);
     if (status != cudaSuccess) return status;
     args.sum_grad = memory.parameter("sum_grad", p.channels, kDouble);
@@ -364,7 +365,7 @@ cudaError_t run(const Case& c, Memory& memory) {
     args.batch_count = static_cast<double*>(memory.numbers("batch_count", 1, kDouble));
     args.grad_weight = args.grad_bias = {};
   }
-  const Plan plan = plan_backward(p, cuda::request_of(args), c.device, forced);
+  const LaunchPlan plan = plan_backward(p, cuda::request_of(args), c.device, forced);
   return cuda::batch_norm_backward(args, plan, memory.workspace(plan, p), nullptr);
 }
 

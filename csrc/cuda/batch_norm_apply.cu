@@ -4,7 +4,7 @@
 
 namespace bnfused::cuda {
 
-cudaError_t apply(const ApplyArgs& args, const Plan& plan, cudaStream_t stream) {
+cudaError_t apply(const ApplyLaunch& args, const LaunchPlan& plan, cudaStream_t stream) {
   return with_dtype(args.problem.dtype, [&](auto t) {
     using T = decltype(t);
     return with_activation(args.epilogue, [&](auto activation) {
@@ -29,11 +29,11 @@ cudaError_t apply(const ApplyArgs& args, const Plan& plan, cudaStream_t stream) 
   });
 }
 
-Request request_of(const EvalArgs& args) {
+Request request_of(const ApplyArgs& args) {
   return {is_wide({args.x, args.residual, args.y}), args.residual != nullptr, args.mask != nullptr};
 }
 
-cudaError_t batch_norm_eval(const EvalArgs& args, const Plan& plan, cudaStream_t stream) {
+cudaError_t batch_norm_apply(const ApplyArgs& args, const LaunchPlan& plan, cudaStream_t stream) {
   if (plan.strategy == Strategy::kEmpty) return launch_empty(args, nullptr, stream);
   const ForwardConstants constants{args.weight,      args.bias, nullptr,     nullptr, args.running_mean,
                                    args.running_var, args.mean, args.invstd, args.eps};

@@ -9,7 +9,7 @@ namespace {
 
 // What is kept of `count` channels, at most kChannelsTogether; calls set(channel, coefficients).
 template <class A, class Set>
-void finish(const EvalArgs& args, int64_t first, int count, Set set) {
+void finish(const ApplyArgs& args, int64_t first, int count, Set set) {
   double mean[kChannelsTogether], invstd[kChannelsTogether], weight[kChannelsTogether], bias[kChannelsTogether];
   read(args.running_mean, first, count, 0, mean);
   read(args.running_var, first, count, 1, invstd);
@@ -22,7 +22,7 @@ void finish(const EvalArgs& args, int64_t first, int count, Set set) {
 }
 
 template <class T>
-void eval_planes(const EvalArgs& args) {
+void eval_planes(const ApplyArgs& args) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const auto apply =
@@ -40,7 +40,7 @@ void eval_planes(const EvalArgs& args) {
   });
   const int64_t mask_plane = (p.inner + 7) / 8;
   const auto apply_planes = [&](int64_t plane, int64_t count, int64_t begin, int64_t length) {
-    ApplyArgs<T> a = apply_args<T>(args, plane * p.inner + begin, plane * mask_plane + begin / 8);
+    ApplyLoop<T> a = apply_loop<T>(args, plane * p.inner + begin, plane * mask_plane + begin / 8);
     a.runs = {count, length, p.inner, mask_plane};
     a.coefficients = coefficients.get() + plane % p.channels;
     a.coefficient_stride = p.channels;
@@ -71,27 +71,27 @@ void eval_planes(const EvalArgs& args) {
 // 95 instead of 70 us); 16-bit values, where vectors cost the most, do not (94 instead of 118), nor does what is
 // streamed.
 template <class T>
-bool gains_in_groups(const EvalArgs& args) {
+bool gains_in_groups(const ApplyArgs& args) {
   const Problem p = grouped(args.problem);
   return args.mask || sizeof(T) == 2 || streams<T>(p, p.inner, {args.y});
 }
 
 template <class T>
-void eval_short_planes(const EvalArgs& args) {
+void eval_short_planes(const ApplyArgs& args) {
   using A = Accumulate<T>;
   const Problem p = grouped(args.problem);
   const int64_t inner = args.problem.inner, together = p.inner / inner;
   const Leaves<T>& leaf = best_leaves<T>();
   const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args))];
   const Part whole = part_of(p, 0, 1);
-  parallel_for(0, p.channels, grain_for(p.rows()), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels, grain_for(p.values_per_channel()), [&](int64_t begin, int64_t end) {
     GroupCoefficients<T, Affine<A>> coefficients(together, inner);
     for (int64_t group = begin; group < end; ++group) {
       for_channels(group * together, (group + 1) * together, [&](int64_t first, int count) {
         finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) { coefficients[c - group * together] = a; });
       });
       coefficients.spread(leaf, 0, kForwardCoefficients);
-      ApplyArgs<T> a = apply_args<T>(args, whole.first(p, group), whole.first_mask(p, group));
+      ApplyLoop<T> a = apply_loop<T>(args, whole.first(p, group), whole.first_mask(p, group));
       a.runs = whole.runs(p);
       a.coefficients = coefficients.data();
       a.coefficient_stride = coefficients.stride();
@@ -101,7 +101,7 @@ void eval_short_planes(const EvalArgs& args) {
 }
 
 template <class T>
-void eval_rows(const EvalArgs& args) {
+void eval_rows(const ApplyArgs& args) {
   using A = Accumulate<T>;
   const Problem& p = args.problem;
   const RowView view = row_view(p, kColumns, args.mask != nullptr);
@@ -119,7 +119,7 @@ void eval_rows(const EvalArgs& args) {
 
 }  // namespace
 
-void batch_norm_eval(const EvalArgs& args) {
+void batch_norm_apply(const ApplyArgs& args) {
   const Problem& p = args.problem;
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
