@@ -72,18 +72,18 @@ test: $(VENV)/.extension $(VENV)/.networks
 
 sanitize: $(VENV)/.extension
 	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) -m pytest -p _hypothesis_pytestplugin --sanitize \
-	  tests/test_emulator.py tests/test_emulated_kernels.py $(ARGS)
-	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) tests/instrumented.py pytest -p _hypothesis_pytestplugin \
+	  tests/kernels/test_emulator.py tests/kernels/test_emulated_kernels.py $(ARGS)
+	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=tests $(PY) -m tools.instrumented pytest -p _hypothesis_pytestplugin \
 	  -p no:cacheprovider -k 'not reference and not emulated and not is_lost' \
-	  tests/test_functional.py tests/test_load.py tests/test_numerics.py tests/test_properties.py $(ARGS)
+	  $(patsubst %,tests/package/test_%.py,functional load numerics properties) $(ARGS)
 
 # ARGS="--seconds 3600" for longer.
 fuzz: $(VENV)/.extension
-	@$(PY) tests/instrumented.py fuzz $(ARGS)
+	@PYTHONPATH=tests $(PY) -m tools.instrumented fuzz $(ARGS)
 
 # ARGS="layout.cuh pack.cuh" for the faults of these files.
 mutate: $(VENV)/.extension
-	@$(PY) tests/mutate.py $(ARGS)
+	@PYTHONPATH=tests $(PY) -m tools.mutate $(ARGS)
 
 lint: $(VENV)/.tools
 	@echo 'ruff check'

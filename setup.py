@@ -1,7 +1,7 @@
 """Builds the extension ``bnfused._C``; everything else about the package is in pyproject.toml.
 
 What has to be decided (CUDA or not, for which GPUs, how many compilers at once) is decided by
-functions of their arguments alone, which tests/test_build.py calls; ``main`` looks at the machine
+functions of their arguments alone, which tests/tooling/test_build.py calls; ``main`` looks at the machine
 and asks them. setuptools runs this file as ``__main__``, also on behalf of pip.
 """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import bnfused
 from bnfused import _extension
 from emulator import emulated
-from moved import moved
+from support.on_device import on_device
 
 # emulated: the CUDA backend on the emulated device, tests/emulator. cuda: on a GPU, where there is one; the tests'
 # tensors are moved there and back.
@@ -48,7 +48,7 @@ def _backend(name: str, monkeypatch: pytest.MonkeyPatch, strategy: str | None) -
     if name == "cuda":
         if not _extension.has_cuda():
             pytest.fail("a GPU is here, and the extension was built without CUDA kernels", pytrace=False)
-        return Backend(name, moved(bnfused.functional.batch_norm, "cuda"))
+        return Backend(name, on_device(bnfused.functional.batch_norm, "cuda"))
     return Backend(name, bnfused.functional.batch_norm)
 
 
