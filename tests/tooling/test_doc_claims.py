@@ -1,4 +1,4 @@
-"""What README.md and docs/ claim, held against the code: each row of the support table has a check here."""
+"""Compares what README.md and docs/ claim with the code. Each row of the tables of docs/support.md has a check here."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("extension")
 
 
-def table(heading: str) -> list[list[str]]:
-    """The rows of the README's table whose first heading is ``heading``, each a list of its cells."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+def table(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table of ``page`` whose first heading is ``heading``, each a list of its cells."""
+    lines = (ROOT / page).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -75,7 +75,7 @@ def formula_calls(monkeypatch):
 
 def test_table_of_devices_on_the_cpu(formula_calls):
     """Each CPU row: which dtypes, which layouts, and whether it is the kernel or the formula that computes."""
-    rows = [row for row in table("device") if row[0] == "CPU"]
+    rows = [row for row in table("docs/support.md", "device") if row[0] == "CPU"]
     assert len(rows) == 3
     dtypes = []
     for _, names, layouts, forward, backward, double in rows:
@@ -204,7 +204,7 @@ TOGETHER = {
 
 def test_every_row_of_together_with_is_checked():
     """A row without a check, or a check without a row, is a claim that nobody holds."""
-    labels = [row[0] for row in table("together with")]
+    labels = [row[0] for row in table("docs/support.md", "together with")]
     unchecked = [label for label in labels if not any(label.startswith(known) for known in TOGETHER)]
     missing = [known for known in TOGETHER if not any(label.startswith(known) for label in labels)]
     assert (unchecked, missing) == ([], [])
@@ -213,7 +213,7 @@ def test_every_row_of_together_with_is_checked():
 @pytest.mark.parametrize("label", TOGETHER)
 def test_together_with(label):
     """The row's answer: it works, or it is no and an exception says so."""
-    (answer,) = [row[1] for row in table("together with") if row[0].startswith(label)]
+    (answer,) = [row[1] for row in table("docs/support.md", "together with") if row[0].startswith(label)]
     if not answer.startswith("no"):
         TOGETHER[label]()
         return
@@ -227,7 +227,7 @@ def test_together_with(label):
 # ----------------------------------------------------------------------------------- measured numbers
 
 MEASURED = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-zen5" / "bench.json"
-# By the first cell of a row of the README's table; the columns are those of COLUMNS.
+# The key is the first cell of a row of the table in docs/performance.md. COLUMNS has its columns.
 FAMILIES = {
     "NCHW, NCL, NCDHW float32": "channels first float32",
     "channels_last, (N, C) float32": "channels last float32",
@@ -256,7 +256,7 @@ def measured():
 
 def test_the_table_of_speeds_is_what_was_measured(measured):
     """Each number is the geometric mean of its cells, on one thread and on two; a run that is kept changes both."""
-    rows = table("tensors")
+    rows = table("docs/performance.md", "tensors")
     assert [row[0] for row in rows] == list(FAMILIES)
     for label, *cells in rows:
         for (pass_name, fusion), cell in zip(COLUMNS, cells, strict=True):
@@ -272,7 +272,26 @@ def test_how_many_cells_are_slower_is_what_was_measured(measured):
     """Slower by more than the spread: the upper quartile of the ratio is below 1 too."""
     ratios = [ratio for of_key in measured.values() for ratio in of_key]
     slower = sum(ratio.high < 1 for ratio in ratios)
-    assert re.search(rf"\({slower} of {len(ratios)} cells (is|are) slower", (ROOT / "README.md").read_text())
+    assert re.search(rf"\({slower} of {len(ratios)} cells (is|are) slower", (ROOT / "docs/performance.md").read_text())
+
+
+# The key is the first cell of a row of the README's table, which has some cells of the large one.
+IN_THE_README = {
+    "ReLU, training, forward": ("forward", "relu"),
+    "add and ReLU, training, forward and backward": ("forward+backward", "add_relu"),
+    "nothing, eval": ("eval", "plain"),
+}
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_large_table():
+    """Its three rows repeat the first row of docs/performance.md; a new run must change both pages."""
+    (float32,) = [
+        cells for label, *cells in table("docs/performance.md", "tensors") if label.startswith("NCHW, NCL, NCDHW f")
+    ]
+    rows = table("README.md", "batch norm with")
+    assert [row[0] for row in rows] == list(IN_THE_README)
+    for label, *numbers in rows:
+        assert " / ".join(numbers) == float32[COLUMNS.index(IN_THE_README[label])], label
 
 
 @pytest.mark.parametrize("page", ["docs/performance.md", "benchmarks/results/model/gpu_traffic.md"])
@@ -287,6 +306,43 @@ def test_the_tables_of_the_gpu_model_are_what_it_says(page, capsys):
 
 
 # -------------------------------------------------------------------------------------------- docs
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATH = re.compile(r"(?:bnfused|csrc|tests|benchmarks|examples|docs|\.ci)/[\w.*/-]*")
+
+
+def paths_of(page: str) -> list[str]:
+    """The paths of files and folders that a page names, in backticks or at the start of a line of a block."""
+    quoted = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL))
+    first = re.findall(
+        r"^(\S+)", "\n".join(re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)), re.MULTILINE
+    )
+    return [text.partition("::")[0] for text in (*quoted, *first) if PATH.fullmatch(text.partition("::")[0])]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_named_in_the_docs_exist(page):
+    """A file that was moved must not leave its old path in a page; ``*`` stands for some names."""
+    missing = [path for path in paths_of(page.read_text()) if not any(ROOT.glob(path.rstrip("/")))]
+    assert not missing
+
+
+def test_symbols_named_next_to_a_file_are_in_it():
+    """A stop of the walk is **`file`, `name`**, and CONTRIBUTING says `file`: `name`: the file has that name."""
+    named = []
+    for page in PAGES:
+        named += re.findall(r"`([\w./]+\.\w+)`[,:]\s`(?:enum class |struct )?([A-Za-z_]\w*)`", page.read_text())
+    assert len(named) > 3
+    for path, symbol in named:
+        assert PATH.fullmatch(path), f"the path of `{symbol}` has to begin at the root: {path}"
+        assert re.search(rf"\b{symbol}\b", (ROOT / path).read_text()), f"{path}: {symbol}"
+
+
+def test_paths_are_found():
+    """In text and in the list of layers, but neither in the Python of a page nor with a variable part."""
+    page = "See `csrc/plan.h` and `tests/a.py::test_b`, `x/y`.\n\n```\nbnfused/ops.py   ops\n  docs/no.md\n```\n"
+    assert paths_of(page + "\n```python\nbnfused/no.py\n```\n") == ["csrc/plan.h", "tests/a.py", "bnfused/ops.py"]
 
 
 def functions_of(path: Path) -> set[str]:

@@ -142,7 +142,7 @@ def refusal(batch_norm: checks.BatchNorm, problem: Problem) -> Exception | None:
 
 
 def refuses_more(error: Exception) -> bool:
-    """What torch lets through and ours refuses, as the README says: an error that names what was wanted."""
+    """What torch lets through and ours refuses, as docs/support.md says: an error that names what was wanted."""
     wanted = (
         "expected residual",  # would broadcast, or promote
         "expected weight of",  # torch takes more mixtures of dtypes
