@@ -329,10 +329,10 @@ def test_paths_named_in_the_docs_exist(page):
 
 
 def test_symbols_named_next_to_a_file_are_in_it():
-    """A stop of the walk is **`file`, `name`**, and CONTRIBUTING says `file`: `name`: the file has that name."""
+    """A page that says `file`, `name` claims that the file has the name: the walk of a tensor, the lists of what to add."""
     named = []
     for page in PAGES:
-        named += re.findall(r"`([\w./]+\.\w+)`[,:]\s`(?:enum class |struct )?([A-Za-z_]\w*)`", page.read_text())
+        named += re.findall(r"`([\w./]+\.\w+)`[,:]\s`(?:enum class |struct |class )?([A-Za-z_]\w*)`", page.read_text())
     assert len(named) > 3
     for path, symbol in named:
         assert PATH.fullmatch(path), f"the path of `{symbol}` has to begin at the root: {path}"
