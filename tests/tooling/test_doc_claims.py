@@ -329,7 +329,7 @@ def test_paths_named_in_the_docs_exist(page):
 
 
 def test_symbols_named_next_to_a_file_are_in_it():
-    """A page that says `file`, `name` claims that the file has the name: the walk of a tensor, the lists of what to add."""
+    """A page that says `file`, `name` claims that the file has the name: the walk, and the lists to add."""
     named = []
     for page in PAGES:
         named += re.findall(r"`([\w./]+\.\w+)`[,:]\s`(?:enum class |struct |class )?([A-Za-z_]\w*)`", page.read_text())
