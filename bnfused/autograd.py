@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from bnfused import ops, reference
+from bnfused import checks, ops, reference
 from bnfused.activations import RELU_CODE
 
 # What every call asks, by names of this module: those of torch are in dicts so large that each is a miss of the caches
@@ -325,7 +325,7 @@ def _train(
     residual: Tensor | None,
     *settings: Any,
 ) -> Any:
-    reference.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_train")
+    checks.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_train")
     state = (running_mean, running_var, num_batches_tracked)
     if _requires_grad("batch_norm_train", x, weight, bias, residual):
         return BatchNormFunction.apply(x, weight, bias, residual, state, (True, *settings), True)
@@ -341,7 +341,7 @@ def _frozen(
     residual: Tensor | None,
     *settings: Any,
 ) -> Any:
-    reference.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_frozen")
+    checks.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_frozen")
     if _requires_grad("batch_norm_frozen", x, weight, bias, residual):
         state = (running_mean, running_var, None)
         return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings), True)
@@ -357,7 +357,7 @@ def _eval(
     residual: Tensor | None,
     *settings: Any,
 ) -> Any:
-    reference.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_eval")
+    checks.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_eval")
     if _requires_grad("batch_norm_eval", x, weight, bias, residual):
         state = (running_mean, running_var, None)
         return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings))

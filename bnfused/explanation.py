@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfused import _extension, activations, fake, reference
+from bnfused import _extension, activations, checks, fake
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def explain(
         device = torch.device("cpu")
     if meta.dim() < 2:
         raise ValueError(f"bnfused.explain: expected a shape (N, C, *), got {tuple(meta.shape)}")
-    reference.check_input(meta)
+    checks.check_input(meta)
     code, _ = activations.resolve(activation, None)
     masked = residual and code == activations.RELU_CODE and (training or grad)  # the training op always writes one
     problem = fake.problem(meta)

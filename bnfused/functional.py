@@ -7,7 +7,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from bnfused import _extension, activations, autograd, fake, ops, reference, without_cuda
+from bnfused import _extension, activations, autograd, checks, fake, ops, reference, without_cuda
 
 _any_requires_grad = torch._C._any_requires_grad
 _tracing_state = torch._C._get_tracing_state
@@ -84,9 +84,9 @@ def batch_norm(
             activation_param=activation_param,
             num_batches_tracked=num_batches_tracked,
         )
-    reference.check_input(input)
+    checks.check_input(input)
     code, param = activations.resolve(activation, activation_param)
-    reference.check_values(input, training, eps)
+    checks.check_values(input, training, eps)
     if training:
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0  # nothing counts the batches, so torch leaves the statistics alone
@@ -120,7 +120,7 @@ def batch_norm(
         return evaluate(input, weight, bias, running_mean, running_var, residual, eps, code, param)
     if is_grad_enabled():
         if _any_requires_grad(running_mean, running_var):
-            reference.check_no_gradient(running_mean, running_var)
+            checks.check_no_gradient(running_mean, running_var)
         if _any_requires_grad(input, weight, bias, residual):
             settings = (training, momentum, eps, code, param)
             return autograd.apply_unwrapped(input, weight, bias, residual, state, settings)

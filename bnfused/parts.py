@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfused import _extension, activations, ops, reference
+from bnfused import _extension, activations, checks, ops, reference
 
 
 @torch.no_grad()
@@ -32,11 +32,11 @@ def batch_norm_stats(input: Tensor) -> Tensor:
     Raises:
         TypeError, RuntimeError: ``input`` is not a dense tensor of these dtypes.
     """
-    reference.check_input(input)
+    checks.check_input(input)
     if _has_kernel(input):
         return _op("batch_norm_stats")(input)
     mean, var = reference.statistics(input.to(reference.arithmetic_dtype(input)))
-    return pack_moments(mean, var, mean.new_full((), reference.rows_of(input)), _dtype_of_moments(input))
+    return pack_moments(mean, var, mean.new_full((), checks.values_per_channel(input)), _dtype_of_moments(input))
 
 
 @torch.no_grad()
@@ -190,12 +190,12 @@ def batch_norm_apply(
     Raises:
         RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
     """
-    reference.check_input(input)
+    checks.check_input(input)
     code, param = activations.resolve(activation, activation_param)
     mean, var = mean.contiguous(), var.contiguous()
     if _has_kernel(input):
         return _op("batch_norm_apply")(input, weight, bias, mean, var, residual, eps, code, param)
-    reference.check_arguments(input, weight, bias, None, None, residual, None, True)
+    checks.check_arguments(input, weight, bias, None, None, residual, None, True)
     invstd = (var + eps).rsqrt()
     values = input.to(mean.dtype)
     y = reference.transform(values, mean, invstd, weight, bias, residual, code, param, input.dtype)
@@ -299,7 +299,7 @@ def _has_kernel(x: Tensor) -> bool:
 
 def _check_input_of_backward(x: Tensor) -> None:
     if not torch.compiler.is_compiling():  # Dynamo lets no backward look at the layout; the forward did
-        reference.check_input(x)
+        checks.check_input(x)
 
 
 def _op(name: str) -> Any:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfused import activations, parts, reference
+from bnfused import activations, checks, parts, reference
 from bnfused.autograd import differentiable, second_gradients, transform
 from bnfused.modules import _FusedForward
 
@@ -95,14 +95,12 @@ def sync_batch_norm(
         RuntimeError: an argument that does not fit ``input``; or a collective that failed, with rank, op and shape.
         Running statistics are as before where anything is raised.
     """
-    reference.check_input(input)
+    checks.check_input(input)
     activations.resolve(activation, activation_param)
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     _refuse_transforms()
-    reference.check_arguments(
-        input, weight, bias, running_mean, running_var, residual, num_batches_tracked, training=True
-    )
+    checks.check_arguments(input, weight, bias, running_mean, running_var, residual, num_batches_tracked, training=True)
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0  # nothing counts the batches, so torch leaves the statistics alone
     group = dist.group.WORLD if group is None else group
@@ -481,7 +479,7 @@ def _refuse_single_value(moments: Tensor, input: Tensor) -> None:
     Whoever has two or more knows better without a look at the counts; so only the others look, and off the CPU they
     leave it to the device, which the host does not wait for.
     """
-    if reference.rows_of(input) > 1:
+    if checks.values_per_channel(input) > 1:
         return
     _, _, counts = parts.unpack_moments(moments)
     message = "Expected more than 1 value per channel in all ranks together when training"
@@ -512,8 +510,8 @@ def _compare_ranks_once(module: nn.Module, input: Tensor, group: Any) -> None:
     known = _compared.get(module)
     if known is not None and known() is group:
         return
-    reference.check_input(input)
-    ours = [input.shape[1], reference.DTYPES.index(input.dtype), torch.is_grad_enabled() and input.requires_grad]
+    checks.check_input(input)
+    ours = [input.shape[1], checks.DTYPES.index(input.dtype), torch.is_grad_enabled() and input.requires_grad]
     values = torch.tensor([*ours, dist.get_rank()], dtype=torch.int64, device=input.device)
     for level in _levels(group):
         values = _gather(values, level).flatten()
@@ -521,7 +519,7 @@ def _compare_ranks_once(module: nn.Module, input: Tensor, group: Any) -> None:
     # The value of each, by what was sent for it.
     names: dict[str, Callable[[int], Any]] = {
         "number of channels": int,
-        "dtype": reference.DTYPES.__getitem__,
+        "dtype": checks.DTYPES.__getitem__,
         "requires_grad": bool,
     }
     for i, (what, name) in enumerate(names.items()):

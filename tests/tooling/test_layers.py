@@ -11,15 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Each module of the package: what else of the package it may import. Lower ones know nothing of higher ones.
-_SPECIFICATION = {"activations"}
-_GRADIENTS = {"activations", "ops", "reference"}
-_CALLS = {"_extension", "activations", "ops", "reference", "autograd", "fake", "without_cuda"}
+_GRADIENTS = {"activations", "checks", "ops", "reference"}
+_CALLS = {"_extension", "activations", "checks", "ops", "reference", "autograd", "fake", "without_cuda"}
 PYTHON = {
     "activations": set(),
     "_extension": set(),
     "ops": {"_extension"},
-    "reference": _SPECIFICATION,
-    "fake": _SPECIFICATION,
+    "checks": set(),
+    "reference": {"activations", "checks"},
+    "fake": {"activations"},
     "without_cuda": {"_extension", "fake"},
     "autograd": _GRADIENTS,
     "functional": _CALLS,
@@ -28,9 +28,9 @@ PYTHON = {
     "fusion": {"modules", "sync"},
     "blocks": {"fusion", "tracing"},
     "conversion": {"blocks", "fusion", "modules", "sync"},
-    "parts": {"_extension", "activations", "ops", "reference"},
-    "sync": {"activations", "autograd", "modules", "parts", "reference"},
-    "explanation": {"_extension", "activations", "fake", "reference"},
+    "parts": {"_extension", "activations", "checks", "ops", "reference"},
+    "sync": {"activations", "autograd", "checks", "modules", "parts", "reference"},
+    "explanation": {"_extension", "activations", "checks", "fake"},
     "diagnostics": set(),
     # The command line is a user of the package.
     "__main__": {"__init__", "_extension", "activations", "explanation"},
