@@ -7,6 +7,7 @@ it where somebody replaces the module (``SyncBatchNorm.convert_sync_batchnorm``)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -25,7 +26,7 @@ def _get(module: Any, store: dict[str, Tensor | None], name: str) -> Any:
     return store[name] if name in store else getattr(module, name)
 
 
-class _FusedForward:
+class _BatchNormForward:
     """``forward`` of every batch norm here; mixed in before torch's class, whose state it uses."""
 
     def forward(
@@ -48,38 +49,7 @@ class _FusedForward:
                 fusion = {"residual": residual, "activation": activation, "activation_param": activation_param}
                 return leaf_of_trace(self, input, fusion)
             self._check_input_dim(input)
-            training = self.training
-            buffers, parameters = self._buffers, self._parameters
-            running_mean, running_var = _get(self, buffers, "running_mean"), _get(self, buffers, "running_var")
-            tracked: Any = None
-            if training:
-                if self.track_running_stats:
-                    tracked = _get(self, buffers, "num_batches_tracked")
-                else:
-                    running_mean = running_var = None
-            else:
-                # Buffers that are None mean that the batch's own statistics are used in eval too.
-                training = running_mean is None and running_var is None
-            count = tracked
-            if tracked is not None and tracked.dtype != torch.int64:  # Module.type() casts every buffer
-                count = tracked.to(torch.int64)
-            y = functional.batch_norm(
-                input,
-                running_mean,
-                running_var,
-                _get(self, parameters, "weight"),
-                _get(self, parameters, "bias"),
-                training,
-                self.momentum,
-                self.eps,
-                residual=residual,
-                activation=activation,
-                activation_param=activation_param,
-                num_batches_tracked=count,
-            )
-            if count is not tracked:
-                tracked.copy_(count)
-            return y
+            return with_state_of(self, functional.batch_norm, input, residual, activation, activation_param)
         if residual is not None or activation is not None:
             raise RuntimeError("batch_norm: expected no residual and no activation in torch.jit.script, got one")
         return self._forward_of_torch(input)
@@ -88,6 +58,52 @@ class _FusedForward:
     _forward_of_torch = FunctionType(
         nn.BatchNorm2d.forward.__code__, nn.BatchNorm2d.forward.__globals__, "_forward_of_torch"
     )
+
+
+def with_state_of(
+    module: Any,
+    batch_norm: Callable[..., Tensor],
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    activation_param: float | None,
+) -> Tensor:
+    """Call ``batch_norm``, which has the signature of ``functional.batch_norm``, with the state of ``module``.
+
+    The statistics of the batch are used in training, and in eval by a module without running statistics. The counter
+    is handed over as int64, and gets its value back if the module has it in another dtype.
+    """
+    training = module.training
+    buffers, parameters = module._buffers, module._parameters
+    running_mean, running_var = _get(module, buffers, "running_mean"), _get(module, buffers, "running_var")
+    tracked: Any = None
+    if training:
+        if module.track_running_stats:
+            tracked = _get(module, buffers, "num_batches_tracked")
+        else:
+            running_mean = running_var = None
+    else:
+        training = running_mean is None and running_var is None
+    count = tracked
+    if tracked is not None and tracked.dtype != torch.int64:  # Module.type() casts every buffer
+        count = tracked.to(torch.int64)
+    y = batch_norm(
+        input,
+        running_mean,
+        running_var,
+        _get(module, parameters, "weight"),
+        _get(module, parameters, "bias"),
+        training,
+        module.momentum,
+        module.eps,
+        residual=residual,
+        activation=activation,
+        activation_param=activation_param,
+        num_batches_tracked=count,
+    )
+    if count is not tracked:
+        tracked.copy_(count)
+    return y
 
 
 def is_part_of_trace(module: nn.Module, input: fx.Proxy) -> bool:
@@ -102,38 +118,38 @@ def leaf_of_trace(module: nn.Module, input: fx.Proxy, fusion: dict[str, Any]) ->
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), asked_for)
 
 
-class BatchNorm1d(_FusedForward, nn.BatchNorm1d):
+class BatchNorm1d(_BatchNormForward, nn.BatchNorm1d):
     """``torch.nn.BatchNorm1d`` on fused kernels: (N, C) or (N, C, L)."""
 
 
-class BatchNorm2d(_FusedForward, nn.BatchNorm2d):
+class BatchNorm2d(_BatchNormForward, nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d`` on fused kernels: (N, C, H, W)."""
 
 
-class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
+class BatchNorm3d(_BatchNormForward, nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` on fused kernels: (N, C, D, H, W)."""
 
 
-class _LazyFusedForward(_FusedForward):
+class _LazyBatchNormForward(_BatchNormForward):
     """The first call reads ``num_features`` off the input, whatever else it is called with."""
 
     def initialize_parameters(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> None:
         super().initialize_parameters(input)  # type: ignore[misc]
 
 
-class LazyBatchNorm1d(_LazyFusedForward, nn.LazyBatchNorm1d):
+class LazyBatchNorm1d(_LazyBatchNormForward, nn.LazyBatchNorm1d):
     """``torch.nn.LazyBatchNorm1d``; becomes ``bnfused.BatchNorm1d``."""
 
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(_LazyFusedForward, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_LazyBatchNormForward, nn.LazyBatchNorm2d):
     """``torch.nn.LazyBatchNorm2d``; becomes ``bnfused.BatchNorm2d``."""
 
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(_LazyFusedForward, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_LazyBatchNormForward, nn.LazyBatchNorm3d):
     """``torch.nn.LazyBatchNorm3d``; becomes ``bnfused.BatchNorm3d``."""
 
     cls_to_become = BatchNorm3d

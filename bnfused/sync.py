@@ -7,6 +7,7 @@ They run on any backend of torch.distributed, Gloo with CPU tensors among them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfused import activations, checks, parts, reference
 from bnfused.autograd import differentiable, second_gradients, transform
-from bnfused.modules import _FusedForward
+from bnfused.modules import _BatchNormForward, with_state_of
 
 # torch 2.13 renamed it, and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -97,8 +98,7 @@ def sync_batch_norm(
     """
     checks.check_input(input)
     activations.resolve(activation, activation_param)
-    if eps <= 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    checks.check_eps(eps, training=True)
     _refuse_transforms()
     checks.check_arguments(input, weight, bias, running_mean, running_var, residual, num_batches_tracked, training=True)
     if momentum is None and num_batches_tracked is None:
@@ -129,35 +129,32 @@ def synchronized_forward(
     """What ``SyncBatchNorm.forward`` does, for any batch norm of torch's classes."""
     group = _group_to_sync(process_group) if module.training else None
     if group is None or isinstance(input, fx.Proxy):
-        return _FusedForward.forward(module, input, residual, activation, activation_param)
+        return _BatchNormForward.forward(module, input, residual, activation, activation_param)
     module._check_input_dim(input)
     if check_ranks and not torch.compiler.is_compiling():
         _compare_ranks_once(module, input, group)
-    tracks = module.track_running_stats
-    tracked: Any = module.num_batches_tracked if tracks else None
-    count = tracked
-    if tracked is not None and tracked.dtype != torch.int64:  # Module.type() casts every buffer
-        count = tracked.to(torch.int64)
-    y = sync_batch_norm(
-        input,
-        module.running_mean if tracks else None,
-        module.running_var if tracks else None,
-        module.weight,
-        module.bias,
-        module.momentum,
-        module.eps,
-        residual=residual,
-        activation=activation,
-        activation_param=activation_param,
-        num_batches_tracked=count,
-        group=group,
-    )
-    if count is not tracked:
-        tracked.copy_(count)
-    return y
+    in_group = functools.partial(_in_training, group)
+    return with_state_of(module, in_group, input, residual, activation, activation_param)
 
 
-class SyncBatchNorm(_FusedForward, _BatchNorm):
+def _in_training(
+    group: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    **others: Any,
+) -> Tensor:
+    """``sync_batch_norm`` with the signature of ``functional.batch_norm``; only a training module synchronizes."""
+    assert training
+    return sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, **others, group=group)
+
+
+class SyncBatchNorm(_BatchNormForward, _BatchNorm):
     """``torch.nn.SyncBatchNorm`` on fused kernels, on the CPU too: (N, C, *).
 
     The batches of the processes may differ in size and may be empty. Outside training, without a process group, or in a
