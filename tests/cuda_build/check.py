@@ -129,8 +129,9 @@ def forbidden_calls(folder: Path) -> list[str]:
 def use(folder: Path) -> int:
     """Import what was built and run its CPU ops, in a process of its own; the exit status."""
     package = folder / "lib" / "bnfused"
-    for source in sorted((ROOT / "bnfused").glob("*.py")):
-        shutil.copy(source, package)
+    shutil.copytree(
+        ROOT / "bnfused", package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "_*.so", "_*.txt")
+    )
     script = Path(__file__).with_name("use_extension.py")
     path = os.pathsep.join(filter(None, [str(folder / "lib"), os.environ.get("PYTHONPATH")]))
     return subprocess.call([sys.executable, str(script)], cwd=folder, env={**os.environ, "PYTHONPATH": path})

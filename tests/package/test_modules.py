@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,6 +377,27 @@ def test_old_state_dict():
     del old["running_var"]
     with pytest.raises(RuntimeError, match="running_var"):
         ours.load_state_dict(old, strict=True)
+
+
+def test_old_pickles():
+    """Modules that were pickled when ``bnfused.sync`` was one file: the same classes, settings, state and output.
+
+    Made with ``pickle.dumps({"modules": Sequential(BatchNorm2d(3), SyncBatchNorm(3, momentum=None, check_ranks=False),
+    LazyBatchNorm2d()), "input": x, "output": y})``, where y is what the first two make of x in eval.
+    """
+    file = Path(__file__).parents[1] / "data" / "modules_before_sync_was_a_package.pickle"
+    old = pickle.loads(file.read_bytes())
+    plain, sync, lazy = old["modules"]
+    assert (type(plain), type(sync), type(lazy)) == (
+        bnfused.BatchNorm2d,
+        bnfused.SyncBatchNorm,
+        bnfused.LazyBatchNorm2d,
+    )
+    assert (sync.momentum, sync.process_group, sync.check_ranks) == (None, None, False)
+    assert int(plain.num_batches_tracked) == int(sync.num_batches_tracked) == 1
+    torch.testing.assert_close(sync(plain(old["input"])), old["output"])
+    lazy(old["input"])
+    assert type(lazy) is bnfused.BatchNorm2d
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])

@@ -436,12 +436,15 @@ class TestWholeBuild:
         """Also where this machine does not compile them: it is for others."""
         (folder / "csrc" / "kernels").mkdir(exist_ok=True)
         (folder / "csrc" / "kernels" / "pack.cuh").touch()
+        (folder / "bnfused" / "part").mkdir(exist_ok=True)
+        (folder / "bnfused" / "part" / "__init__.py").touch()
         result = _run_setup(folder, "sdist", "--dist-dir", str(tmp_path), BNFUSED_CUDA="0")
         assert result.returncode == 0, result.stdout + result.stderr
         (archive,) = tmp_path.glob("*.tar.gz")
         with tarfile.open(archive) as tar:
             names = {name.partition("/")[2] for name in tar.getnames()}
         assert {*build.CPP_SOURCES, *build.CUDA_SOURCES, *build.CUDA_BINDING, "csrc/kernels/pack.cuh"} <= names
+        assert {"bnfused/__init__.py", "bnfused/part/__init__.py"} <= names
 
     def test_cuda_that_cannot_be_built_stops_where_it_is_demanded(self, folder: Path, tmp_path: Path) -> None:
         result = _run_setup(folder, "build_ext", "--inplace", BNFUSED_CUDA="1", CUDA_HOME=str(tmp_path))

@@ -46,8 +46,9 @@ def build() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
-    for source in (ROOT / "bnfused").glob("*.py"):
-        link = package / source.name
+    for source in (ROOT / "bnfused").rglob("*.py"):
+        link = package / source.relative_to(ROOT / "bnfused")
+        link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(source)
 
