@@ -1,12 +1,12 @@
 """Gradients of the ops: one ``autograd.Function`` for the forward, one for the backward.
 
-The first derivative runs in the kernels, also where it is itself differentiated (``create_graph=True``). Every higher
-one is torch's derivative of the reference formula: nothing is silently zero, whatever the order.
+The first derivative runs in the kernels, also if it is itself differentiated (``create_graph=True``). Every higher
+derivative is torch's derivative of the reference formula, so none is silently zero, whatever its order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +17,19 @@ from torch.compiler import is_compiling
 from bnfused import checks, ops, reference
 from bnfused.activations import RELU_CODE
 
-# What every call asks, by names of this module: those of torch are in dicts so large that each is a miss of the caches
-# where convolutions run between two calls (measured in ResNet-50: 4 us of each backward). The layers above do the same.
+# Bound here once, because every call asks them. A look-up in torch's huge dicts costs cache misses if convolutions run
+# between two calls (measured in ResNet-50: 4 us of each backward). functional.py does the same.
 _any_requires_grad = torch._C._any_requires_grad
 _are_transforms_active = torch._C._are_functorch_transforms_active
 
-# (running_mean, running_var, num_batches_tracked)
+# (running_mean, running_var, num_batches_tracked); in eval the third is None
 State = tuple[Tensor | None, Tensor | None, Tensor | None]
-# (training, momentum, eps, activation code, activation_param)
+# (training, momentum, eps, activation code, activation_param); momentum is ignored in eval
 Settings = tuple[bool, float | None, float, int, float]
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is active: it would find no derivative of the ops."""
+    """Whether a transform of torch.func or forward-mode AD is active, for which the ops have no derivative."""
     return _are_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -37,8 +37,8 @@ class BatchNormFunction(torch.autograd.Function):
     """Batch norm with residual and activation, differentiable to any order.
 
     ``apply(x, weight, bias, residual, state, settings)`` returns ``y``; with a further ``True`` it returns
-    ``(y, mean, invstd, mask)``, as the ops do. What has no gradient travels in two tuples: each argument of a Function
-    costs a third of a microsecond.
+    ``(y, mean, invstd, mask)``, as the ops do. The arguments without a gradient are in two tuples, because each
+    argument of a Function costs a third of a microsecond.
     """
 
     @staticmethod
@@ -55,7 +55,7 @@ class BatchNormFunction(torch.autograd.Function):
         training, momentum, eps, activation, activation_param = settings
         if training:
             if x.is_inference() or (residual is not None and residual.is_inference()):
-                # save_for_backward would say so when the running statistics have moved.
+                # save_for_backward would raise too, but only after the running statistics have moved.
                 raise RuntimeError(
                     "batch_norm: expected tensors that can be saved for backward, got an inference tensor; clone() it "
                     "outside of inference mode"
@@ -67,13 +67,9 @@ class BatchNormFunction(torch.autograd.Function):
             y, mean, invstd, mask = ops.batch_norm_frozen(
                 x, weight, bias, state[0], state[1], residual, eps, activation, activation_param
             )
-        # A mask of no elements would be packed and unpacked all the same.
-        kept_mask = mask if activation == RELU_CODE and residual is not None else None
-        if activation == 0 or kept_mask is not None:
-            residual = None  # its gradient is grad_y, or where the mask says so
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, residual, mean, invstd, kept_mask)
+        ctx.save_for_backward(x, weight, bias, *kept_for_backward(activation, residual, mask), mean, invstd)
         if not with_saved:
             return y
         ctx.mark_non_differentiable(mean, invstd, mask)
@@ -81,12 +77,11 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> Any:
-        if grad_y is None:  # of a Function that returns no gradient: not zeros, by which an optimizer would step
+        if grad_y is None:  # the next Function returned no gradient; with zeros, an optimizer would make a step
             return (None,) * 7
-        x, weight, bias, residual, mean, invstd, mask = ctx.saved_tensors
+        x, weight, bias, residual, mask, mean, invstd = ctx.saved_tensors
         training, _, eps, activation, activation_param = ctx.settings
-        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-        output_mask = (need_x, need_weight, need_bias, need_residual and activation != 0)
+        output_mask = needed_of_op(ctx, activation)
         args = (
             grad_y,
             x,
@@ -102,36 +97,59 @@ class BatchNormFunction(torch.autograd.Function):
             output_mask,
         )
         create_graph = is_grad_enabled()
-        # A tangent of grad_y, or vmap over many of them; is_grads_batched has a vmap of its own, in which a Function
-        # would leave no graph.
+        # grad_y may have a tangent, or be one of many under vmap. is_grads_batched has a vmap of its own, under which a
+        # Function would leave no graph.
         if in_transform() or (create_graph and torch._C._functorch.is_legacy_batchedtensor(grad_y)):
-            grad_x, grad_weight, grad_bias, grad_residual = _formula_grads(ctx, grad_y, output_mask)
+            grads = _formula_grads(ctx, grad_y, output_mask)
         elif create_graph:
-            grad_x, grad_weight, grad_bias, grad_residual = BatchNormBackwardFunction.apply(*args, eps)
+            grads = BatchNormBackwardFunction.apply(*args, eps)
         elif is_compiling():  # compiled autograd
-            grad_x, grad_weight, grad_bias, grad_residual = torch.ops.bnfused.batch_norm_backward.default(*args)
+            grads = torch.ops.bnfused.batch_norm_backward.default(*args)
         else:
-            grad_x, grad_weight, grad_bias, grad_residual = ops.batch_norm_backward(*args)
-        if activation == 0:
-            grad_residual = grad_y
-        return (
-            grad_x if need_x else None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            grad_residual if need_residual else None,
-            None,
-            None,
-            None,
-        )
+            grads = ops.batch_norm_backward(*args)
+        return (*gradients_of_inputs(ctx, grads, grad_y, activation), None, None, None)
+
+
+def kept_for_backward(activation: int, residual: Tensor | None, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The residual and the mask, with None for one that the backward does not need.
+
+    ReLU after a residual needs the mask alone, and without an activation the residual's gradient is ``grad_y``. A mask
+    without elements is not kept either: it would be packed and unpacked all the same.
+    """
+    if activation == RELU_CODE and residual is not None:
+        return None, mask
+    return None if activation == 0 else residual, None
+
+
+def needed_of_op(ctx: Any, activation: int) -> tuple[bool, bool, bool, bool]:
+    """Which gradients of x, weight, bias and residual the backward op has to compute.
+
+    Without an activation that of the residual is ``grad_y``, so the op does not.
+    """
+    x, weight, bias, residual = ctx.needs_input_grad[:4]
+    return x, weight, bias, residual and activation != 0
+
+
+def gradients_of_inputs(
+    ctx: Any, grads: Sequence[Tensor | None], grad_y: Tensor, activation: int
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and residual for autograd: ``grads`` of the op, or None for an unneeded one."""
+    grad_x, grad_weight, grad_bias, grad_residual = grads
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    return (
+        grad_x if need_x else None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+        (grad_y if activation == 0 else grad_residual) if need_residual else None,
+    )
 
 
 def _formula_grads(ctx: Any, grad_y: Tensor, output_mask: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    """The backward op in plain torch, for what only that can be put through."""
-    x, weight, bias, residual, mean, invstd, mask = ctx.saved_tensors
+    """The backward op in plain torch, which transforms of torch.func can differentiate and batch."""
+    x, weight, bias, residual, mask, mean, invstd = ctx.saved_tensors
     training, _, eps, activation, activation_param = ctx.settings
     passes = _passes(x, weight, bias, mean, invstd, mask, activation_param, training)
-    if passes is not None:
-        residual = torch.zeros_like(x)  # to differentiate by; its values do not matter
+    residual = source_of_residual(x, residual, passes)
     inputs = (x, weight, bias, residual)
     wanted = [i for i, needed in enumerate(output_mask) if needed]
 
@@ -158,7 +176,7 @@ def _formula(
     training: bool,
     eps: float,
 ) -> Tensor:
-    """y as the reference computes it, from the statistics that were saved, or in training from ``x``."""
+    """y as the reference computes it: in training from ``x`` alone, otherwise with the saved statistics."""
     values = x.to(reference.arithmetic_dtype(x))
     if training:
         mean, var = reference.statistics(values)
@@ -180,8 +198,8 @@ def transform(
 ) -> Tensor:
     """``reference.transform``, to be differentiated.
 
-    Beside ``passes``, which says where ReLU lets a gradient through, only its derivatives are those of y: they need no
-    value of the residual.
+    ``passes`` says where ReLU lets a gradient through. With it, the result is not y; it only has the derivatives of y,
+    which do not need the value of the residual.
     """
     args = (values, mean, invstd, weight, bias, residual)
     if passes is None:
@@ -199,7 +217,10 @@ def _passes(
     param: float,
     training: bool,
 ) -> Tensor | None:
-    """Where ReLU lets a gradient through, like ``x``; None without a mask. Each backend orders its bits for itself."""
+    """Where ReLU lets a gradient through: bool, of the shape of ``x``; None without a mask.
+
+    The op reads the mask, since each backend orders the bits as suits it.
+    """
     if mask is None:
         return None
     only_residual = (False, False, False, True)
@@ -207,7 +228,8 @@ def _passes(
     return ops.batch_norm_backward(*args)[3] != 0
 
 
-# Function.apply without its look at every argument for wrappers of torch.func, which the caller has ruled out: 2 us.
+# Function.apply without its search of every argument for wrappers of torch.func, which takes 2 us. The caller has made
+# sure that there are no such wrappers.
 apply_unwrapped = super(torch.autograd.Function, BatchNormFunction).apply
 
 
@@ -256,35 +278,41 @@ class BatchNormBackwardFunction(torch.autograd.Function):
         grad_y, x, weight, bias, residual, mean, invstd, mask = saved
         activation, activation_param, training, eps = ctx.settings
         passes = _passes(x, weight, bias, mean, invstd, mask, activation_param, training)
-        if passes is not None:
-            residual = torch.zeros_like(x)  # to differentiate by; its values do not matter
-        create_graph = is_grad_enabled()
-        with torch.enable_grad():
-            # Fresh views: what is differentiated here must not reach back into the graph that made these tensors.
-            inputs: Any = [
-                None if t is None else differentiable(t, create_graph) for t in (grad_y, x, weight, bias, residual)
-            ]
-            grad_y, x, weight, bias, residual = inputs
-            y = _formula(x, weight, bias, residual, mean, invstd, passes, activation, activation_param, training, eps)
-        asked = [u if wanted else None for u, wanted in zip(grad_grads, ctx.output_mask, strict=True)]
-        return (*second_gradients(y, inputs, asked, ctx.needs_input_grad[:5], create_graph), *[None] * 8)
+
+        def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+            sources = (x, weight, bias, residual)
+            return _formula(*sources, mean, invstd, passes, activation, activation_param, training, eps)
+
+        upstream = [u if wanted else None for u, wanted in zip(grad_grads, ctx.output_mask, strict=True)]
+        inputs = (grad_y, x, weight, bias, source_of_residual(x, residual, passes))
+        return (*second_gradients(formula, inputs, upstream, ctx.needs_input_grad[:5]), *[None] * 8)
+
+
+def source_of_residual(x: Tensor, residual: Tensor | None, passes: Tensor | None) -> Tensor | None:
+    """The residual to differentiate by. With ``passes`` it was not kept, and its values do not matter."""
+    return residual if passes is None else torch.zeros_like(x)
 
 
 def second_gradients(
-    y: Tensor,
+    formula: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
     grad_grads: Sequence[Tensor | None],
     needed: Sequence[bool],
-    create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
-    """What ``grad_grads``, upstream of the gradients of x, weight, bias and residual, are upstream of ``inputs``.
+    """The gradients of ``inputs`` of a backward, given the gradients ``grad_grads`` of its results.
 
     Args:
-        y: made of all inputs but the first.
+        formula: y as a function of x, weight, bias and residual.
         inputs: grad_y, x, weight, bias, residual.
-        needed: for which inputs; the others get None.
+        grad_grads: upstream of the gradients of x, weight, bias and residual.
+        needed: for which inputs a gradient is wanted; the others get None.
     """
-    grad_y, *sources = inputs
+    create_graph = is_grad_enabled()
+    with torch.enable_grad():
+        # Fresh views: the derivatives taken here must not reach back into the graph that made these tensors.
+        inputs = [None if t is None else differentiable(t, create_graph) for t in inputs]
+        grad_y, *sources = inputs
+        y = formula(*sources)
     pairs: Any = [(s, u) for s, u in zip(sources, grad_grads, strict=True) if s is not None and u is not None]
     if not pairs:
         return (None,) * len(inputs)
@@ -298,7 +326,7 @@ def second_gradients(
 
 
 def differentiable(tensor: Tensor, create_graph: bool) -> Tensor:
-    """A tensor to differentiate by: still part of the caller's graph only where that graph is asked for."""
+    """A tensor to differentiate by, which stays part of the caller's graph only with ``create_graph``."""
     if create_graph and tensor.requires_grad:
         return tensor.view_as(tensor)
     return tensor.detach().requires_grad_()
@@ -309,7 +337,7 @@ def _requires_grad(op: str, *args: Any) -> bool:
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in args
     ):
         raise RuntimeError(
-            f"bnfused::{op}: expected inputs without a tangent, got one; forward-mode derivatives are those of "
+            f"bnfused::{op}: expected inputs without a tangent, got one; for forward-mode derivatives, call "
             "bnfused.functional.batch_norm"
         )
     return is_grad_enabled() and _any_requires_grad(*args)
@@ -374,7 +402,7 @@ def _backward(grad_y: Tensor, x: Tensor, *rest: Any) -> Any:
 
 
 def register() -> None:
-    """Give the dispatcher these gradients, for callers of ``torch.ops.bnfused`` and for torch.compile."""
+    """Register these gradients with the dispatcher, for callers of ``torch.ops.bnfused`` and for torch.compile."""
     library = torch.library.Library("bnfused", "IMPL")
     library.impl("batch_norm_train", _train, "Autograd")
     library.impl("batch_norm_frozen", _frozen, "Autograd")
@@ -383,4 +411,4 @@ def register() -> None:
     _registered.append(library)
 
 
-_registered: list[torch.library.Library] = []  # what a Library registered goes with it
+_registered: list[torch.library.Library] = []  # keeps each alive, since a Library takes its kernels with it

@@ -775,7 +775,7 @@ def test_a_step_on_a_gpu_looks_at_no_value(extension, monkeypatch, rows):
     Also where a rank has one value per channel, and all of them together may have no more.
     """
     monkeypatch.setattr(bnfused.parts, "_has_kernel", lambda x: True)
-    monkeypatch.setattr(bnfused.sync, "_all_gather", lambda gathered, values, group: None)
+    monkeypatch.setattr(bnfused.sync.collectives, "_all_gather", lambda gathered, values, group: None)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda values, group, async_op: unittest.mock.Mock())
     x, residual = (torch.randn(rows, 3, device="meta", requires_grad=True) for _ in range(2))

@@ -28,8 +28,10 @@ PYTHON = {
     "fusion": {"modules", "sync"},
     "blocks": {"fusion", "tracing"},
     "conversion": {"blocks", "fusion", "modules", "sync"},
-    "parts": {"_extension", "activations", "checks", "ops", "reference"},
-    "sync": {"activations", "autograd", "checks", "modules", "parts", "reference"},
+    "parts": {"_extension", "activations", "checks", "fake", "ops", "reference"},
+    "sync": {"activations", "checks", "modules", "parts", "sync.autograd", "sync.collectives"},
+    "sync.autograd": {"activations", "autograd", "parts", "reference", "sync.collectives"},
+    "sync.collectives": {"checks"},
     "explanation": {"_extension", "activations", "checks", "fake"},
     "diagnostics": set(),
     # The command line is a user of the package.
@@ -235,6 +237,9 @@ def test_a_back_include_is_found(path, line):
         ("functional", "from bnfused import _C"),
         ("modules", "from tests import cases"),
         ("modules", "import bnfused"),
+        ("autograd", "from bnfused.sync.collectives import gather"),
+        ("sync.collectives", "from bnfused import sync"),
+        ("sync.collectives", "from bnfused.sync import autograd"),
         ("helpers", "import torch"),
     ],
 )
