@@ -1,10 +1,10 @@
-"""Batch norm in parts, for statistics that one call does not see whole: a batch that is spread over processes.
+"""Batch norm in parts, for a batch that is spread over processes, so that no call sees all of it.
 
 Forward: ``batch_norm_stats`` on each part, ``batch_norm_gather_stats`` over all of them, ``batch_norm_apply``.
-Backward: ``batch_norm_backward_reduce``, a sum over the parts, ``batch_norm_backward_apply``. None is differentiable;
-``bnfused.SyncBatchNorm`` makes of them what is. Statistics are merged and applied in float64, and nothing is read on
-the host. One kernel each, on the CPU and on CUDA; plain torch, which is right but slow, elsewhere and where they were
-not built.
+Backward: ``batch_norm_backward_reduce``, a sum over the parts, ``batch_norm_backward_apply``. None of them is
+differentiable; ``bnfused.SyncBatchNorm``, which is made of them, is. Statistics are merged and applied in float64, and
+nothing is read on the host. Each function is one kernel on the CPU and on CUDA. On other devices, and without the
+extension, it is plain torch, which is right but slow.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bnfused import _extension, activations, checks, ops, reference
+from bnfused import _extension, activations, checks, fake, ops, reference
 
 
 @torch.no_grad()
 def batch_norm_stats(input: Tensor) -> Tensor:
     """The moments of a part of a batch: mean, standard deviation and number of values of each channel.
 
-    Packed, to travel in one collective: ``pack_moments`` says how, and what they are good to.
+    They are packed into one tensor for one collective; ``pack_moments`` documents the form and its precision.
 
     Args:
         input: ``(N, C, *)``, float16, bfloat16, float32 or float64, in any layout; N may be 0.
 
     Returns:
-        Moments, float64 ``(2 C + 1,)`` for float64, else float32 ``(3 C + 2,)``.
+        Moments: float64 ``(2 C + 1,)`` for a float64 input, otherwise float32 ``(3 C + 2,)``.
 
     Raises:
-        TypeError, RuntimeError: ``input`` is not a dense tensor of these dtypes.
+        TypeError, RuntimeError: ``input`` is not a dense tensor of one of these dtypes.
     """
     checks.check_input(input)
     if _has_kernel(input):
@@ -41,16 +42,17 @@ def batch_norm_stats(input: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pack_moments(mean: Tensor, var: Tensor, count: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Statistics from elsewhere in the form of ``batch_norm_stats``.
+    """Statistics that were computed elsewhere, in the form of ``batch_norm_stats``.
 
-    In float64 that is the mean, the standard deviation, ``sqrt(var)``, and the count. In float32 mean and count are two
-    values each, of which the second is what rounding left of the first: 48 bits, so that a mean that is large against
-    the deviation keeps its digits, and every count is exact. The deviation is one: rounded by 2**-24, it changes a
-    normalized value by as much as rounding that does. It is not the variance, or the sum of squares, since float32
-    holds a deviation wherever it holds the values (1e30 or 1e-30), and neither of these.
+    In float64 that is the mean, the standard deviation ``sqrt(var)``, and the count. In float32, mean and count are two
+    values each: the rounded one, and the rest that rounding left. Together they have 48 bits, so that a mean that is
+    large compared with the deviation keeps its digits, and every count is exact. The deviation is one value: rounding
+    it, by 2**-24, changes a normalized value no more than rounding that value does. It is sent instead of the variance
+    or the sum of squares, because float32 can hold the deviation of all values that it can hold (1e30 or 1e-30), but
+    not their squares.
 
     Args:
-        mean, var: ``(*, C)``; the biased variance, which may be anything finite where there are no values.
+        mean, var: ``(*, C)``. ``var`` is the biased variance; without values it may be anything finite.
         count: ``(*,)``.
         dtype: float32 or float64; the same for all parts.
 
@@ -64,7 +66,7 @@ def pack_moments(mean: Tensor, var: Tensor, count: Tensor, dtype: torch.dtype = 
 
 
 def _pair(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two of float32 that add up to ``values``: rounded, and what that left, which of infinity is nothing."""
+    """Two float32 tensors that add up to ``values``: the rounded values and the rest, which is 0 for an infinity."""
     rounded = values.float()
     rest = values - rounded.to(values.dtype)
     return rounded, rest.float().where(rest.isfinite(), 0)
@@ -72,10 +74,10 @@ def _pair(values: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def unpack_moments(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``pack_moments`` was given: mean, var and count, in float64.
+    """The inverse of ``pack_moments``: mean and var, ``(*, C)``, and count, ``(*,)``, in float64.
 
     Raises:
-        RuntimeError: not of a dtype and size that ``pack_moments`` returns.
+        RuntimeError: ``moments`` does not have a dtype and size that ``pack_moments`` returns.
     """
     channels = _channels_of("unpack_moments", moments)
     values = moments.to(reference.arithmetic_dtype(moments))
@@ -97,27 +99,27 @@ def batch_norm_gather_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of the whole batch from the moments of its parts; moves the running statistics, in place.
 
-    Merged in float64. Bitwise the same wherever it is computed from the same values. A part without values has no
-    weight, whatever else it holds. A batch of fewer than two values per channel is counted and leaves the running
-    statistics alone, its variance being undefined.
+    They are merged in float64. Every process that computes them from the same moments gets the same bits. A part
+    without values has no weight, whatever else it holds. A batch of fewer than two values per channel, whose variance
+    is undefined, is counted and leaves the running statistics as they are.
 
     Args:
-        moments: ``(parts, 3 C + 2)`` float32 or ``(parts, 2 C + 1)`` float64, as an all-gather makes them of what
-            ``batch_norm_stats`` returns on each process.
+        moments: ``(parts, 3 C + 2)`` float32 or ``(parts, 2 C + 1)`` float64: the results of ``batch_norm_stats`` on
+            all processes, after an all-gather.
         running_mean, running_var: ``(C,)``, of any floating-point dtype, or None.
-        num_batches_tracked: int64 of one element, counts the batches in place, or None.
+        num_batches_tracked: int64 with one element, which counts the batches in place, or None.
         momentum: the weight of the new batch; None means ``1 / num_batches_tracked``, the cumulative average.
 
     Returns:
-        ``mean`` and the biased ``var``, float64 ``(C,)``; the total count, float64 of one element.
+        ``mean`` and the biased ``var``, float64 ``(C,)``; the total count, float64 with one element.
 
     Raises:
-        RuntimeError: shapes or dtypes that do not fit; before anything is written.
+        RuntimeError: a shape or dtype does not fit. Nothing has been written then.
 
     Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     if momentum is None and num_batches_tracked is None:
-        momentum = 0.0  # nothing counts the batches, so torch leaves the statistics alone
+        momentum = 0.0  # torch leaves the statistics as they are if nothing counts the batches
     if _has_kernel(moments):
         state = (running_mean, running_var, num_batches_tracked)
         return _op("batch_norm_gather_stats")(moments, *state, None, momentum)
@@ -125,10 +127,12 @@ def batch_norm_gather_stats(
     mean, var, count = unpack_moments(moments)
     total = count.sum()
     share = (count / total.clamp(min=1)).unsqueeze(1)
-    # An empty part may hold anything, and 0 * NaN is NaN.
+    # An empty part may hold a NaN, and 0 * NaN is NaN.
     mean, var = (torch.where(count.unsqueeze(1) > 0, of_part, 0) for of_part in (mean, var))
     center = (share * mean).sum(0)
-    center = center + (share * (mean - center)).sum(0)  # what rounding left: equal means have their own mean
+    center = center + (share * (mean - center)).sum(
+        0
+    )  # what rounding left, so that the mean of equal means is that value
     m2 = (count.unsqueeze(1) * (var + (mean - center).square())).sum(0)
 
     if num_batches_tracked is not None:
@@ -146,16 +150,16 @@ def batch_norm_gather_stats(
 
 @torch.no_grad()
 def merge_moments(moments: Tensor) -> Tensor:
-    """The moments of several parts as those of one, to be gathered further.
+    """The moments of several parts, merged into those of one part, which can be gathered again.
 
     Args:
         moments: as for ``batch_norm_gather_stats``.
 
     Returns:
-        As ``batch_norm_stats`` of all parts together.
+        The moments that ``batch_norm_stats`` would return for all parts together.
 
     Raises:
-        RuntimeError: a shape or dtype that does not fit.
+        RuntimeError: a shape or dtype does not fit.
     """
     if _has_kernel(moments):
         merged = torch.empty_like(moments[0])
@@ -180,15 +184,16 @@ def batch_norm_apply(
     """``act((input - mean) * invstd * weight + bias + residual)`` with ``invstd = 1 / sqrt(var + eps)``.
 
     Args:
-        mean, var: float64 ``(C,)``, of the whole batch.
+        mean, var: float64 ``(C,)``, the statistics of the whole batch.
         input, weight, bias, residual, activation, activation_param: as for ``bnfused.functional.batch_norm``.
 
     Returns:
-        ``y``, as ``input``; ``invstd``, float64 ``(C,)``; ``mask``, what the backward of ReLU with a residual wants to
-        be given, and then needs no residual.
+        ``y``, with shape and dtype of ``input``; ``invstd``, float64 ``(C,)``; ``mask``, uint8. With a residual and
+        ReLU, the mask has a bit for each value, which is 1 if ReLU let the value pass; ``bnfused.fake.mask_bytes``
+        documents the order. The backward needs it, and then needs no residual. Otherwise the mask is empty.
 
     Raises:
-        RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
+        RuntimeError, ValueError: an argument does not fit ``input``; the message names it.
     """
     checks.check_input(input)
     code, param = activations.resolve(activation, activation_param)
@@ -200,7 +205,7 @@ def batch_norm_apply(
     values = input.to(mean.dtype)
     y = reference.transform(values, mean, invstd, weight, bias, residual, code, param, input.dtype)
     masked = code == activations.RELU_CODE and residual is not None
-    return y, invstd, (y > 0) | y.isnan() if masked else input.new_empty(0, dtype=torch.uint8)
+    return y, invstd, _packed((y > 0) | y.isnan(), input) if masked else input.new_empty(0, dtype=torch.uint8)
 
 
 @torch.no_grad()
@@ -217,24 +222,24 @@ def batch_norm_backward_reduce(
     activation: str | None = None,
     activation_param: float | None = None,
 ) -> Tensor:
-    """The sums over this part that its gradients, and those of the other parts, are made of.
+    """Two sums over this part: ``g = grad_y * act'(z)``, and ``g * xhat`` with ``xhat = (input - mean) * invstd``.
 
-    With ``g = grad_y * act'(z)`` and ``xhat = (input - mean) * invstd``. The sums are also this part's share of the
-    gradients of bias and weight.
+    The gradient of ``input`` in every part needs the sums over all parts. The sums over this part are also its share of
+    the gradients of bias and weight.
 
     Args:
         grad_y: shape and dtype of ``input``.
-        mean, invstd: float64 ``(C,)``, of the whole batch.
+        mean, invstd: float64 ``(C,)``, the statistics of the whole batch.
         mask: from ``batch_norm_apply``.
-        residual: as it was in the forward; beside ReLU and its mask it may be left out.
-        the others: as they were in the forward.
+        residual: as in the forward; None if there is a mask.
+        other arguments: as in the forward.
 
     Returns:
-        ``(2, C)``, float64: ``sum g`` and ``sum g * xhat``. float32 would be rounded once more for each part that is
-        added, and save 8 bytes a channel of a collective whose time is mostly latency.
+        ``(2, C)``, float64: ``sum g`` and ``sum g * xhat``. float32 would round once more for each part that is added,
+        and would save 8 bytes per channel in a collective whose time is mostly latency.
 
     Raises:
-        RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
+        RuntimeError, ValueError: an argument does not fit ``input``; the message names it.
     """
     _check_input_of_backward(input)
     code, param = activations.resolve(activation, activation_param)
@@ -267,16 +272,16 @@ def batch_norm_backward_apply(
     """``grad_x = weight * invstd * (g - sums[0] / count - xhat * sums[1] / count)`` and ``grad_residual = g``.
 
     Args:
-        sums: those of ``batch_norm_backward_reduce`` added up over all parts.
-        count: float64 of one element, from ``batch_norm_gather_stats``.
-        output_mask: which of the two is wanted; one that is not has no elements.
-        the others: as for ``batch_norm_backward_reduce``.
+        sums: float64 ``(2, C)``, the results of ``batch_norm_backward_reduce`` added up over all parts.
+        count: float64 with one element, from ``batch_norm_gather_stats``.
+        output_mask: which of the two gradients are wanted; an unwanted one has no elements.
+        other arguments: as for ``batch_norm_backward_reduce``.
 
     Returns:
-        ``grad_x`` and ``grad_residual``, as ``input``.
+        ``grad_x`` and ``grad_residual``, with shape and dtype of ``input``.
 
     Raises:
-        RuntimeError, ValueError: an argument that does not fit ``input``; the message names it.
+        RuntimeError, ValueError: an argument does not fit ``input``; the message names it.
     """
     _check_input_of_backward(input)
     code, param = activations.resolve(activation, activation_param)
@@ -298,12 +303,12 @@ def _has_kernel(x: Tensor) -> bool:
 
 
 def _check_input_of_backward(x: Tensor) -> None:
-    if not torch.compiler.is_compiling():  # Dynamo lets no backward look at the layout; the forward did
+    if not torch.compiler.is_compiling():  # Dynamo cannot trace the layout in a backward; the forward checked it
         checks.check_input(x)
 
 
 def _op(name: str) -> Any:
-    """The op; torch.compile wants the wrapper that ``bnfused.ops`` does without."""
+    """The op. torch.compile can trace the wrapper of torch only, which ``bnfused.ops`` goes around."""
     return getattr(torch.ops.bnfused, name).default if torch.compiler.is_compiling() else getattr(ops, name)
 
 
@@ -319,11 +324,11 @@ def _grad_before_activation(
     activation: int,
     activation_param: float,
 ) -> Tensor:
-    """``g``, the gradient of what the activation gets, in the dtype of ``mean``."""
+    """``g``, the gradient of the activation's input, in the dtype of ``mean``."""
     if activation == 0:
         return grad_y.to(mean.dtype)
     if activation == activations.RELU_CODE and mask is not None and mask.numel() > 0:
-        return torch.where(mask, grad_y, 0).to(mean.dtype)
+        return torch.where(_unpacked(mask, x), grad_y, 0).to(mean.dtype)
     values = x.to(mean.dtype)
     added = torch.zeros_like(values) if residual is None else residual.to(mean.dtype)
     with torch.enable_grad():
@@ -333,12 +338,37 @@ def _grad_before_activation(
     return g
 
 
+def _packed(passes: Tensor, x: Tensor) -> Tensor:
+    """The mask that the kernels would write: a bool tensor in bits, in the memory order of ``torch.empty_like(x)``."""
+    if x.numel() == 0:
+        return x.new_empty(0, dtype=torch.uint8)
+    bits = torch.empty_like(x, dtype=torch.uint8).copy_(passes).as_strided((x.numel(),), (1,))
+    bits = bits.view(-1, _values_in_run(x))
+    bits = F.pad(bits, (0, -bits.shape[1] % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+
+
+def _unpacked(mask: Tensor, x: Tensor) -> Tensor:
+    """The inverse of ``_packed``: bool, with the shape of ``x`` and the strides of ``torch.empty_like(x)``."""
+    run = _values_in_run(x)
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    passes = torch.empty_like(x, dtype=torch.bool)
+    passes.as_strided((x.numel(),), (1,)).copy_(bits.view(-1, run + -run % 8)[:, :run].reshape(-1))
+    return passes
+
+
+def _values_in_run(x: Tensor) -> int:
+    """The number of values that lie together in memory and share the padding to whole bytes."""
+    inner: int = fake.problem(x)[2]
+    return x.numel() if inner == 1 else inner
+
+
 def _dtype_of_moments(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _channels_of(op: str, moments: Tensor) -> int:
-    """The number of channels that packed moments are of; ``packed_size`` in ``csrc/batch_norm.h`` has the sizes too."""
+    """The number of channels in packed moments; ``packed_size`` in ``csrc/batch_norm.h`` has the same sizes."""
     if moments.dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"{op}: expected moments of torch.float32 or torch.float64, got {moments.dtype}")
     of_channel, of_count = (2, 1) if moments.dtype == torch.float64 else (3, 2)

@@ -75,6 +75,25 @@ def test_composed_by_hand(device, layout, dtype, activation, residual):
             )
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 7), (2, 3, 8), (4, 5, 3, 3), (2, 1, 5, 5), (2, 3, 1, 1), (0, 3, 4)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "every other"])
+def test_the_mask_of_plain_torch_is_that_of_the_kernel(extension, monkeypatch, shape, layout):
+    """Bit for bit, padding too. Residuals in another order of memory do not change it."""
+    x, residual = torch.randn(shape), torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
+    if layout == "channels_last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "permuted":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "every other":
+        x = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    x[:1] = torch.nan
+    mean = torch.zeros(shape[1], dtype=torch.float64)
+    _, _, of_kernel = parts.batch_norm_apply(x, mean, mean + 1, residual=residual, activation="relu")
+    monkeypatch.setattr(parts, "_has_kernel", lambda x: False)
+    _, _, packed = parts.batch_norm_apply(x, mean, mean + 1, residual=residual, activation="relu")
+    assert packed.dtype == torch.uint8 and torch.equal(packed, of_kernel)
+
+
 def test_sums_over_thousands_of_parts(device):
     """4,096 parts of the same values, which add up to as many times the sums of one: a gradient as that one has it.
 
