@@ -1,7 +1,7 @@
 """Batch norm for PyTorch in fused kernels: drop-in modules, with the ReLU and the residual add fused in.
 
-``bnfused.BatchNorm2d`` stands wherever ``torch.nn.BatchNorm2d`` does; ``bnfused.functional.batch_norm`` is the same
-without a module; ``bnfused.reference.batch_norm`` is the specification in plain torch.
+``bnfused.BatchNorm2d`` can replace ``torch.nn.BatchNorm2d`` anywhere; ``bnfused.functional.batch_norm`` is the function
+behind it. ``bnfused.reference.batch_norm`` is the specification in plain torch.
 """
 
 from bnfused import autograd, diagnostics, functional, parts, reference, sync

@@ -1,6 +1,6 @@
-"""The activations that batch norm can fuse: names, codes shared with the kernels, and what each one means in torch.
+"""The activations that batch norm can fuse: their names, their codes in the kernels, and their functions in torch.
 
-``Activation`` in ``csrc/batch_norm.h`` has the same codes.
+``enum class Activation`` in ``csrc/batch_norm.h`` has the same codes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 class Activation(NamedTuple):
     code: int
-    default: float  # of activation_param; unused by an activation that takes none
+    default: float  # value of activation_param if None is passed; unused by an activation without a parameter
     takes_param: bool
     function: Callable[[Tensor, float], Tensor]
 
@@ -39,11 +39,11 @@ _BY_CODE = {activation.code: activation for activation in ACTIVATIONS.values()}
 
 
 def resolve(name: str | None, param: float | None) -> tuple[int, float]:
-    """The code and the parameter that the kernels take.
+    """The code and the parameter that the kernels take, for a name in ``ACTIVATIONS`` or None.
 
     Raises:
-        ValueError: an unknown name, or a parameter for an activation that has none.
-        TypeError: a parameter that requires grad, which it would not get.
+        ValueError: the name is unknown, or the activation takes no parameter.
+        TypeError: the parameter requires grad; it would not get a gradient.
     """
     if name is None:
         if param is not None:

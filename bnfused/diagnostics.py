@@ -1,6 +1,6 @@
-"""Measures of how a network trains, for asking what batch norm does to it. They work for any model in plain torch.
+"""Measurements of how a network trains, to see what batch norm does to it. They work for any model in plain torch.
 
-Two explanations are to be told apart. Ioffe & Szegedy ("Batch Normalization", 2015) say that batch norm keeps the
+They tell two explanations apart. Ioffe & Szegedy ("Batch Normalization", 2015) say that batch norm keeps the
 distributions of the layers' inputs from moving while the layers before them learn: ``input_distributions`` and
 ``drift``. Santurkar et al. ("How Does Batch Normalization Help Optimization?", 2018) restate that shift in terms of
 gradients, ``internal_covariate_shift``, find it no smaller with batch norm, and say that batch norm makes the loss
@@ -28,8 +28,8 @@ Batch = tuple[Tensor, Tensor]
 class CovariateShift:
     """One layer at one step: ``|G - G'|``, ``cos(G, G')`` and ``|G|``; see ``internal_covariate_shift``.
 
-    ``distance`` has the unit of the gradient, and networks whose gradients differ in size differ in it for that alone:
-    ``distance / gradient_norm`` and ``cosine`` compare across networks. Where G or G' is 0, ``cosine`` is NaN.
+    ``distance`` has the unit of the gradient, so it also differs between networks if their gradients differ in size.
+    To compare networks, use ``distance / gradient_norm`` and ``cosine``. If G or G' is 0, ``cosine`` is NaN.
     """
 
     step: int
@@ -56,23 +56,23 @@ def internal_covariate_shift(
         G' = grad of L(W_1^+, ..., W_i-1^+, W_i, W_i+1, ..., W_k; x, y) with respect to W_i
 
     where ``^+`` is after the optimizer's step. The shift is ``|G - G'|`` in the l2 norm. Dropout and noise draw the
-    same numbers for both. The training is the one that takes place without the measurement, bit for bit.
+    same numbers for both. Bit for bit, the training is the same as without the measurement.
 
     Args:
-        model: what to train; its parameters stand in the order of the forward, as in ``nn.Sequential``.
+        model: the model to train. Its parameters must be in the order of the forward, as in ``nn.Sequential``.
         loss_fn: scalar loss of ``(model(input), target)``.
-        batches: ``(input, target)`` for each step, until it is exhausted.
+        batches: ``(input, target)`` for each step; the training ends with the last one.
         optimizer: makes the steps; it holds the parameters of ``model``.
         layers: names of the parameters to measure, as in ``model.named_parameters()``. None means every trainable one
-            of two or more dimensions, so the weights and not the biases and batch norm's parameters; those count as
-            part of the layers before the next weight.
+            of two or more dimensions, which leaves out biases and the parameters of batch norm. Those belong to the
+            layers before the next weight.
         every: measure at steps 0, ``every``, 2 ``every``, ... A measurement costs one forward and backward per layer.
 
     Returns:
-        One entry for each measured step and layer, but for the model's first parameter, which nothing precedes.
+        One entry for each measured step and layer. The model's first parameter has none, as no layer precedes it.
 
     Raises:
-        ValueError: a name that is not that of a trainable parameter; ``every`` below 1.
+        ValueError: a name is not the name of a trainable parameter, or ``every`` is below 1.
 
     Source: Santurkar et al., 2018, definition 2.1.
     """
@@ -130,20 +130,20 @@ class Landscape:
 
     @property
     def loss_range(self) -> tuple[float, float]:
-        """Lowest and highest loss on the line; NaN where one of them is. Their difference is the loss variation."""
+        """Lowest and highest loss on the line, NaN if any is NaN. Their difference is the loss variation."""
         return self.losses.min().item(), self.losses.max().item()
 
     @property
     def predictiveness_range(self) -> tuple[float, float]:
-        """Smallest and largest change of the gradient on the line: the less, the more g predicts the gradient."""
+        """Smallest and largest change of the gradient on the line. The smaller, the better g predicts the gradient."""
         return self.gradient_changes.min().item(), self.gradient_changes.max().item()
 
     @property
     def smoothness(self) -> float:
         """Effective beta-smoothness: ``max over s of |grad L(w - s g) - g| / |s g|``; NaN where g is 0.
 
-        A lower bound of the Lipschitz constant of the gradient, along one direction. A gradient step of size s is
-        trusted to lower the loss where ``s * smoothness < 2``.
+        It is a lower bound of the Lipschitz constant of the gradient, along one direction. A gradient step of size s
+        can be trusted to lower the loss if ``s * smoothness < 2``.
         """
         return (self.gradient_changes / (self.step_sizes * self.gradient_norm)).max().item()
 
@@ -151,16 +151,16 @@ class Landscape:
 def landscape(model: nn.Module, loss_fn: LossFunction, batch: Batch, step_sizes: Sequence[float]) -> Landscape:
     """Loss and gradient of ``model`` on one batch, along the direction of the gradient.
 
-    Dropout and noise draw the same numbers at every point, so that it is one function that is walked along.
+    Dropout and noise draw the same numbers at every point, so that all points belong to one function.
 
     Args:
-        model: what is measured; all of its trainable parameters move.
+        model: the model to measure; all of its trainable parameters move.
         loss_fn: scalar loss of ``(model(input), target)``.
         batch: ``(input, target)``.
         step_sizes: positive multiples of the gradient, in the unit of a learning rate.
 
     Raises:
-        ValueError: no step size, or one that is not positive.
+        ValueError: there is no step size, or one is not positive.
 
     Source: Santurkar et al., 2018, section 3.1, figure 4: loss landscape, gradient predictiveness and "effective"
     beta-smoothness.
@@ -189,7 +189,7 @@ def landscape(model: nn.Module, loss_fn: LossFunction, batch: Batch, step_sizes:
 
 @dataclass(frozen=True)
 class InputDistribution:
-    """What each of C units gets as input: ``mean`` and biased ``variance`` (C,), ``quantiles`` (Q, C); all float64."""
+    """The input of each of C units: ``mean`` and biased ``variance`` (C,), ``quantiles`` (Q, C); all float64."""
 
     mean: Tensor
     variance: Tensor
@@ -202,20 +202,20 @@ def input_distributions(
     modules: Sequence[str],
     quantiles: Sequence[float] = (0.15, 0.5, 0.85),
 ) -> dict[str, InputDistribution]:
-    """The distribution, over the samples and positions of ``input``, of what each unit of ``modules`` is given.
+    """The distribution of the input of each unit of ``modules``, over the samples and positions of ``input``.
 
     Args:
-        model: run forward once, without gradients.
-        input: what ``model`` takes; the same one in every call, so that only the model changes in between.
-        modules: names as in ``model.named_modules()``. Each takes one tensor ``(N, C, *)``, whose channels are the
-            units; a module that is called more than once counts with its last call.
-        quantiles: which ones, from 0 to 1; the default is that of the source.
+        model: it is run forward once, without gradients.
+        input: the input of ``model``. Use the same one in every call, so that only the model changes in between.
+        modules: names as in ``model.named_modules()``. Each module takes one tensor ``(N, C, *)``, and its channels are
+            the units. If a module is called more than once, the last call counts.
+        quantiles: the quantiles to take, from 0 to 1; the default is the choice of the source.
 
     Returns:
-        For each name its distribution.
+        The distribution for each name.
 
     Raises:
-        ValueError: a name that is not one of a module, or of one that is not called.
+        ValueError: a name is not the name of a module, or the model does not call that module.
 
     Source: Ioffe & Szegedy, 2015, section 4.1, figure 1 (b, c).
     """
@@ -227,7 +227,7 @@ def input_distributions(
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
         def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            given[name] = arguments[0].detach().clone()  # what follows may work in place
+            given[name] = arguments[0].detach().clone()  # the module may work in place
 
         return known[name].register_forward_pre_hook(keep)
 
@@ -247,7 +247,7 @@ def input_distributions(
 def _distribution(x: Tensor, quantiles: Sequence[float]) -> InputDistribution:
     units = x.transpose(0, 1).flatten(1).double()
     variance, mean = torch.var_mean(units, dim=1, correction=0)
-    # Not torch.quantile, which refuses more than 2^24 values.
+    # torch.quantile refuses more than 2^24 values.
     ranked = units.sort(dim=1).values
     positions = torch.tensor(quantiles, dtype=torch.float64, device=x.device) * (units.shape[1] - 1)
     low, high = ranked[:, positions.floor().long()], ranked[:, positions.ceil().long()]
@@ -259,7 +259,7 @@ class Drift:
     """How far the input distribution of each of C units has moved: float64 (C,), in standard deviations of ``before``.
 
     ``mean`` is ``|mean' - mean| / sd``, ``scale`` is ``|log(sd' / sd)|``, and ``quantiles`` the average of
-    ``|q' - q| / sd`` over the quantiles q. A unit that was constant has no unit to measure in: infinity or NaN.
+    ``|q' - q| / sd`` over the quantiles q. They are infinite or NaN for a unit that was constant, since sd is 0.
     """
 
     mean: Tensor
@@ -270,8 +270,8 @@ class Drift:
 def drift(before: InputDistribution, after: InputDistribution) -> Drift:
     """Compare two distributions of the same units, from two times of a training.
 
-    The quantity is the informal one of Ioffe & Szegedy, 2015, section 2, a change in the distribution of the
-    activations; these three numbers for it are a choice made here, invariant to shifting and scaling a unit.
+    Ioffe & Szegedy, 2015, section 2, define the quantity informally, as a change in the distribution of the
+    activations. These three numbers for it are a choice made here; they do not change if a unit is shifted or scaled.
     """
     deviation = before.variance.sqrt()
     return Drift(
@@ -282,14 +282,14 @@ def drift(before: InputDistribution, after: InputDistribution) -> Drift:
 
 
 class ShiftingNoise(nn.Module):
-    """Noise whose mean and variance are drawn anew in every call: what batch norm keeps still is moved again.
+    """Noise whose mean and variance are drawn anew in every call, which moves what batch norm holds still.
 
     In training, for sample i and channel j of an input ``(N, C, *)``::
 
         y_ij = s_ij x_ij + m_ij,   m_ij ~ U(mu_j - spread, mu_j + spread),   s_ij ~ N(sigma_j, spread^2)
         mu_j ~ U(-shift, shift),   sigma_j ~ U(1, scale)                     once per call
 
-    In eval it is what that is on average, ``x (1 + scale) / 2``.
+    In eval it returns the average, ``x (1 + scale) / 2``.
 
     Source: Santurkar et al., 2018, section 2.1 and the appendix on it, which injects this after batch norm. They draw
     per activation; here the positions of a channel share the noise, as they share batch norm's statistics.
@@ -315,7 +315,7 @@ class ShiftingNoise(nn.Module):
 
 
 class _Draws:
-    """The random numbers that come next, to be drawn any number of times."""
+    """The state of the random generators, to draw the same numbers any number of times."""
 
     def __init__(self, model: nn.Module) -> None:
         self._devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
@@ -355,7 +355,7 @@ def _gradient(
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    """l2 norm of all tensors as one vector, in float64: float32 would overflow where a training diverges."""
+    """l2 norm of all tensors as one vector, in float64, because float32 overflows if a training diverges."""
     return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).norm().item()
 
 

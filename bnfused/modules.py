@@ -1,8 +1,8 @@
 """Drop-in modules: torch.nn's own batch norms with another ``forward``.
 
 They subclass torch's, so that constructor, ``state_dict``, ``isinstance``, repr, pickle and every tool that looks for a
-batch norm keep working. Fusion is asked for at the call and never stored: a module that carried its own ReLU would lose
-it where somebody replaces the module (``SyncBatchNorm.convert_sync_batchnorm``).
+batch norm keep working. Fusion is an argument of the call and is never stored: a module that carried its own ReLU would
+lose it if somebody replaced the module (as ``SyncBatchNorm.convert_sync_batchnorm`` does).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from bnfused import functional
 
 
 def _get(module: Any, store: dict[str, Tensor | None], name: str) -> Any:
-    """``module.name``, looked up where it nearly always is; ``nn.Module.__getattr__`` takes three times as long.
+    """``module.name``, looked up in ``store`` first. ``nn.Module.__getattr__`` takes three times as long.
 
-    A parametrized or deleted attribute is not there and takes the usual way.
+    A parametrized or deleted attribute is not in ``store``, and is looked up as usual.
     """
     return store[name] if name in store else getattr(module, name)
 
 
 class _BatchNormForward:
-    """``forward`` of every batch norm here; mixed in before torch's class, whose state it uses."""
+    """The ``forward`` of every batch norm here. It is mixed in before torch's class, and uses the state of that."""
 
     def forward(
         self: Any,
@@ -39,12 +39,19 @@ class _BatchNormForward:
         """``act(bn(input) + residual)`` in one op; see ``bnfused.functional.batch_norm``.
 
         Args:
-            input: the shape that torch's module of the same name takes.
+            input: in a shape that torch's module of the same name takes.
             residual: added before the activation; shape and dtype of ``input``.
-            activation: one of ``bnfused.activations.ACTIVATIONS``, or None.
+            activation: a name in ``bnfused.activations.ACTIVATIONS``, or None.
             activation_param: ``negative_slope`` of leaky_relu, ``alpha`` of elu.
+
+        Returns:
+            ``y``, with the shape, dtype and (where it is dense) strides of ``input``.
+
+        Raises:
+            ValueError: ``input`` does not have the number of dimensions that torch's module takes.
+            Also the errors of ``bnfused.functional.batch_norm``.
         """
-        if not is_scripting():  # torch.jit.script compiles what follows this block, and nothing of it
+        if not is_scripting():  # torch.jit.script skips this block and compiles the lines after it
             if isinstance(input, fx.Proxy) and is_part_of_trace(self, input):
                 fusion = {"residual": residual, "activation": activation, "activation_param": activation_param}
                 return leaf_of_trace(self, input, fusion)
@@ -107,15 +114,15 @@ def with_state_of(
 
 
 def is_part_of_trace(module: nn.Module, input: fx.Proxy) -> bool:
-    """Whether torch.fx records a call of the module, and not the module alone, which would have no name."""
+    """Whether torch.fx records a call of the module within a graph. A module traced by itself would have no name."""
     return getattr(input.tracer, "root", None) is not module
 
 
 def leaf_of_trace(module: nn.Module, input: fx.Proxy, fusion: dict[str, Any]) -> Any:
-    """One ``call_module`` node: torch.fx keeps what is in ``torch.nn`` whole, and this is to stand in its place."""
+    """Record one ``call_module`` node, as torch.fx does for the modules of ``torch.nn``, which it does not trace."""
     tracer: Any = input.tracer
-    asked_for = {name: value for name, value in fusion.items() if value is not None}
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), asked_for)
+    options = {name: value for name, value in fusion.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), options)
 
 
 class BatchNorm1d(_BatchNormForward, nn.BatchNorm1d):
@@ -131,7 +138,7 @@ class BatchNorm3d(_BatchNormForward, nn.BatchNorm3d):
 
 
 class _LazyBatchNormForward(_BatchNormForward):
-    """The first call reads ``num_features`` off the input, whatever else it is called with."""
+    """The first call takes ``num_features`` from the input; the other arguments of the call do not matter for that."""
 
     def initialize_parameters(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> None:
         super().initialize_parameters(input)  # type: ignore[misc]
