@@ -82,20 +82,8 @@ class BatchNormFunction(torch.autograd.Function):
         x, weight, bias, residual, mask, mean, invstd = ctx.saved_tensors
         training, _, eps, activation, activation_param = ctx.settings
         output_mask = needed_of_op(ctx, activation)
-        args = (
-            grad_y,
-            x,
-            weight,
-            bias,
-            residual,
-            mean,
-            invstd,
-            mask,
-            activation,
-            activation_param,
-            training,
-            output_mask,
-        )
+        settings = (activation, activation_param, training, output_mask)
+        args = (grad_y, x, weight, bias, residual, mean, invstd, mask, *settings)
         create_graph = is_grad_enabled()
         # grad_y may have a tangent, or be one of many under vmap. is_grads_batched has a vmap of its own, under which a
         # Function would leave no graph.
@@ -237,40 +225,15 @@ class BatchNormBackwardFunction(torch.autograd.Function):
     """The backward op as a differentiable function of ``grad_y``, ``x``, ``weight``, ``bias`` and ``residual``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad_y: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        mask: Tensor | None,
-        activation: int,
-        activation_param: float,
-        training: bool,
-        output_mask: tuple[bool, bool, bool, bool],
-        eps: float,
-    ) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        """Takes the arguments of ``ops.batch_norm_backward``, and eps."""
+        *args_of_op, eps = args
+        *saved, activation, activation_param, training, output_mask = args_of_op
         ctx.settings = (activation, activation_param, training, eps)
         ctx.output_mask = output_mask
-        ctx.save_for_backward(grad_y, x, weight, bias, residual, mean, invstd, mask)
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return ops.batch_norm_backward(
-            grad_y,
-            x,
-            weight,
-            bias,
-            residual,
-            mean,
-            invstd,
-            mask,
-            activation,
-            activation_param,
-            training,
-            output_mask,
-        )
+        return ops.batch_norm_backward(*args_of_op)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
@@ -360,36 +323,25 @@ def _train(
     return ops.batch_norm_train(x, weight, bias, *state, residual, *settings)
 
 
-def _frozen(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None,
-    *settings: Any,
-) -> Any:
-    checks.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_frozen")
-    if _requires_grad("batch_norm_frozen", x, weight, bias, residual):
-        state = (running_mean, running_var, None)
-        return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings), True)
-    return ops.batch_norm_frozen(x, weight, bias, running_mean, running_var, residual, *settings)
+def _with_running(op: str, with_saved: bool) -> Callable[..., Any]:
+    """The gradient of ``batch_norm_eval``, or of ``batch_norm_frozen``, which returns what it saved too."""
 
+    def call(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        residual: Tensor | None,
+        *settings: Any,
+    ) -> Any:
+        checks.check_no_gradient(running_mean, running_var, f"bnfused::{op}")
+        if _requires_grad(op, x, weight, bias, residual):
+            state = (running_mean, running_var, None)
+            return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings), with_saved)
+        return getattr(ops, op)(x, weight, bias, running_mean, running_var, residual, *settings)
 
-def _eval(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None,
-    *settings: Any,
-) -> Any:
-    checks.check_no_gradient(running_mean, running_var, "bnfused::batch_norm_eval")
-    if _requires_grad("batch_norm_eval", x, weight, bias, residual):
-        state = (running_mean, running_var, None)
-        return BatchNormFunction.apply(x, weight, bias, residual, state, (False, None, *settings))
-    return ops.batch_norm_eval(x, weight, bias, running_mean, running_var, residual, *settings)
+    return call
 
 
 def _backward(grad_y: Tensor, x: Tensor, *rest: Any) -> Any:
@@ -405,8 +357,8 @@ def register() -> None:
     """Register these gradients with the dispatcher, for callers of ``torch.ops.bnfused`` and for torch.compile."""
     library = torch.library.Library("bnfused", "IMPL")
     library.impl("batch_norm_train", _train, "Autograd")
-    library.impl("batch_norm_frozen", _frozen, "Autograd")
-    library.impl("batch_norm_eval", _eval, "Autograd")
+    library.impl("batch_norm_frozen", _with_running("batch_norm_frozen", True), "Autograd")
+    library.impl("batch_norm_eval", _with_running("batch_norm_eval", False), "Autograd")
     library.impl("batch_norm_backward", _backward, "Autograd")
     _registered.append(library)
 

@@ -1,8 +1,8 @@
 """The checks of arguments that are made in Python.
 
 The kernels check their own arguments, in ``csrc/ops/ops.h``. The checks here are for the paths without a kernel: the
-reference, what stands in for the kernels while torch.compile traces, and collectives, before which every rank has to
-know that its own arguments are right. Nothing is written before all checks have passed.
+reference, the stand-ins of the kernels while torch.compile traces, and collectives, before which every rank has to know
+that its own arguments are right. Nothing is written before all checks have passed.
 """
 
 from __future__ import annotations

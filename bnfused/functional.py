@@ -99,7 +99,7 @@ def batch_norm(
         momentum = 0.0  # torch leaves the statistics as they are if nothing counts the batches
     state = (running_mean, running_var, num_batches_tracked)
     if compiling or input.is_meta or type(input) not in _PLAIN_TENSORS:
-        # What answers in the kernels' place (bnfused/fake.py) makes no checks.
+        # The stand-ins of the kernels (bnfused/fake.py) make no checks.
         checks.check_call(input, running_mean, running_var, training, eps)
     try:
         if compiling or _tracing_state() is not None:
@@ -120,7 +120,7 @@ def batch_norm(
         return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, residual, eps, code, param)
     except (RuntimeError, TypeError, ValueError):
         # An op refuses arguments before it writes anything. What torch's batch_norm refuses too is refused in its
-        # words and with its exceptions. Asked here, that costs a call that succeeds nothing.
+        # words and with its exceptions. A call that succeeds does not pay for these checks.
         try:
             checks.check_call(input, running_mean, running_var, training, eps)
         except (RuntimeError, TypeError, ValueError) as refusal:
