@@ -340,6 +340,16 @@ def test_symbols_named_next_to_a_file_are_in_it():
         assert re.search(rf"\b{symbol}\b", (ROOT / path).read_text()), f"{path}: {symbol}"
 
 
+def test_code_shown_in_the_docs_is_the_code():
+    """A block of C++ begins with the path of its file, and its lines follow each other there."""
+    shown = [
+        block for page in PAGES for block in re.findall(r"^```cpp\n// (.*?)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    ]
+    assert shown
+    for path, code in shown:
+        assert code in (ROOT / path).read_text(), f"a page shows other code than {path} has"
+
+
 def test_paths_are_found():
     """In text and in the list of layers, but neither in the Python of a page nor with a variable part."""
     page = "See `csrc/plan.h` and `tests/a.py::test_b`, `x/y`.\n\n```\nbnfused/ops.py   ops\n  docs/no.md\n```\n"
