@@ -56,12 +56,12 @@ help:
 build: $(VENV)/.extension
 
 demo: $(VENV)/.extension
-	@$(PY) benchmarks/train_digits.py $(ARGS)
-	@$(PY) benchmarks/convert_resnet18.py --no-environment
+	@$(PY) examples/train_digits.py $(ARGS)
+	@$(PY) examples/convert_resnet18.py --no-environment
 
 demo-sync: $(VENV)/.extension
 	@OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
-	  benchmarks/train_digits_sync.py $(ARGS)
+	  examples/train_digits_sync.py $(ARGS)
 
 # Only the pinned plugins: $(VENV) sees the system's packages, and so whatever pytest plugins are there. A process for
 # each CPU, which takes the next file when it is done with one, in alphabetical order: the last ones are short. With as
@@ -115,7 +115,7 @@ gpu:
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f bnfused/_C*.so bnfused/_build_info.txt '$(VENV)/.extension'
-	find bnfused tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find bnfused tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment sees the system's packages, so that a torch that is installed there is used.
 $(PY):

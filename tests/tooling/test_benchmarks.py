@@ -33,20 +33,19 @@ from benchmarks import (
     steps,
     timing,
     traffic,
-    train_digits,
-    why_batch_norm,
 )
 from benchmarks.cases import Cell, Configuration
 from benchmarks.memory import Saved
 from benchmarks.report import CellResult, PeerResult, Run
 from benchmarks.timing import Band, Plan, Timed
+from examples import train_digits, why_batch_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_script(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a benchmark as a user would, from a folder that is not the checkout's."""
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    """Run a benchmark or an example as a user would, from a folder that is not the checkout's."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
@@ -988,7 +987,7 @@ def test_bench_from_end_to_end(extension, tmp_path):
     """Measures, prints, writes JSON and picture; a second call compares the run with itself."""
     numbers, picture = tmp_path / "new" / "run.json", tmp_path / "run.png"
     done = run_script(
-        "bench.py",
+        "benchmarks/bench.py",
         *("--filter", "64x256 NC float32 (forward|backward|eval) (plain|relu) T=1"),
         *("--threads", "1", "--rounds", "4", "--json", numbers, "--picture", picture),
         cwd=tmp_path,
@@ -1002,7 +1001,7 @@ def test_bench_from_end_to_end(extension, tmp_path):
     assert str(tmp_path) not in numbers.read_text()  # what is kept speaks of no folder of this machine
     assert picture.read_bytes().startswith(b"\x89PNG")
 
-    compared = run_script("bench.py", "--compare", numbers, numbers, cwd=tmp_path)
+    compared = run_script("benchmarks/bench.py", "--compare", numbers, numbers, cwd=tmp_path)
     assert compared.returncode == 0, compared.stdout + compared.stderr
     assert "64x256 NC float32 forward relu T=1" in compared.stdout
     assert re.search(r"^\d cells: 0 faster, 0 slower, \d within noise", compared.stdout, re.MULTILINE)
@@ -1130,7 +1129,7 @@ def test_networks_from_end_to_end(extension, tmp_path):
     """One network in one layout; Ctrl-C and the limit are the bench's."""
     numbers, picture = tmp_path / "networks.json", tmp_path / "networks.png"
     arguments = [*NETWORKS, "--networks", "MobileNetV2", "--layouts", "channels_last", "--json", numbers]
-    done = run_script("networks.py", *arguments, "--picture", picture, cwd=tmp_path)
+    done = run_script("benchmarks/networks.py", *arguments, "--picture", picture, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(numbers.read_text())
     (row,) = found["results"]
@@ -1187,7 +1186,7 @@ def test_bench_refuses_with_a_reason(arguments, message, tmp_path, capsys, monke
 def test_training_demo_from_end_to_end(extension, tmp_path):
     """One short epoch of a narrow network: both train alike, the table and the picture are there."""
     done = run_script(
-        "train_digits.py",
+        "examples/train_digits.py",
         *("--epochs", "1", "--batch-size", "128", "--width", "8", "--threads", "1"),
         cwd=tmp_path,
     )
@@ -1201,7 +1200,7 @@ def test_training_demo_from_end_to_end(extension, tmp_path):
 def test_conversion_demo_from_end_to_end(extension, tmp_path):
     """The report, the comparison in float64 and a row for each layout."""
     arguments = ("--batch-size", "2", "--size", "33", "--rounds", "1", "--threads", "1")
-    done = run_script("convert_resnet18.py", *arguments, cwd=tmp_path)
+    done = run_script("examples/convert_resnet18.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "20 batch norms: 9 batch_norm+relu, 8 batch_norm+add+relu, 3 batch_norm\n" in done.stdout
     assert "in float64:" in done.stdout
@@ -1209,7 +1208,7 @@ def test_conversion_demo_from_end_to_end(extension, tmp_path):
 
 
 def test_overhead_from_end_to_end(extension, tmp_path):
-    done = run_script("overhead.py", "--rounds", "2", cwd=tmp_path)
+    done = run_script("benchmarks/overhead.py", "--rounds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "torch/bnfused" in done.stdout
 
@@ -1245,17 +1244,17 @@ def test_traffic_has_the_layers_of_the_networks(name):
 
 def test_traffic_from_end_to_end(extension, tmp_path):
     picture = tmp_path / "traffic.png"
-    done = run_script("traffic.py", "--batch", "32", "--device", "a100", "--picture", picture, cwd=tmp_path)
+    done = run_script("benchmarks/traffic.py", "--batch", "32", "--device", "a100", "--picture", picture, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("A100 80GB") == 2 * len(traffic.NETWORKS)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    done = run_script("traffic.py", "--network", "ResNet-50", "--batch", "128", cwd=tmp_path)
+    done = run_script("benchmarks/traffic.py", "--network", "ResNet-50", "--batch", "128", cwd=tmp_path)
     assert "| 4 x 512 x 28 x 28 | add, ReLU | resident | resident | 7.12A | 16.00A | 7.84A |" in done.stdout
 
 
 def test_why_batch_norm_from_end_to_end(extension, tmp_path):
     """A few steps of everything, in two processes: the page has every table, and the figures it shows are there."""
-    done = run_script("why_batch_norm.py", "--quick", "--workers", "2", "--output", tmp_path, cwd=tmp_path)
+    done = run_script("examples/why_batch_norm.py", "--quick", "--workers", "2", "--output", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "why.md").read_text()
     assert page.count("| batch norm |") == page.count("| no batch norm |") == 2 + 7 + 2 + 2

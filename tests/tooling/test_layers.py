@@ -144,7 +144,7 @@ def wrong_imports(module: str, text: str) -> list[str]:
         inside = rest or "__init__"
         while inside not in PYTHON and "." in inside:  # a name in a module
             inside = inside.rpartition(".")[0]
-        if first in ("tests", "benchmarks") or (first == "bnfused" and inside not in allowed):
+        if first in ("tests", "benchmarks", "examples") or (first == "bnfused" and inside not in allowed):
             wrong.append(f"bnfused/{module}.py: may not import {name}")
     return wrong
 

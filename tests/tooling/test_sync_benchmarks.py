@@ -76,7 +76,7 @@ def test_when_a_hierarchy_pays():
 def torchrun(ranks: int, script: str, *arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     result = subprocess.run(
-        [*command, str(ROOT / "benchmarks" / script), *arguments],
+        [*command, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -89,7 +89,9 @@ def torchrun(ranks: int, script: str, *arguments: str) -> str:
 def test_benchmark_runs(tmp_path, extension):
     """On four ranks, and in a hierarchy: two collectives in a step, four there, and their bytes."""
     json_file = tmp_path / "run.json"
-    torchrun(4, "sync.py", "--steps", "2", "--shapes", "2x6x3x3", "--hierarchy", "2", "--json", str(json_file))
+    torchrun(
+        4, "benchmarks/sync.py", "--steps", "2", "--shapes", "2x6x3x3", "--hierarchy", "2", "--json", str(json_file)
+    )
     cells = {cell["module"]: cell for cell in json.loads(json_file.read_text())["cells"]}
     once = collectives.gather_bytes(6) + collectives.reduce_bytes(6)
     wanted = {"alone": (0, 0), "SyncBatchNorm": (2, once), "in a hierarchy": (4, 2 * once)}
@@ -100,5 +102,5 @@ def test_benchmark_runs(tmp_path, extension):
 
 def test_demo(extension):
     """Two processes end where one with the joint batch does; the script itself compares, in float64 and float32."""
-    output = torchrun(2, "train_digits_sync.py")
+    output = torchrun(2, "examples/train_digits_sync.py")
     assert re.findall(r"^after (\d+) steps", output, re.MULTILINE) == ["120", "10"]

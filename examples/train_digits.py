@@ -27,7 +27,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
-from benchmarks.digits import load_digits
+from examples.digits import load_digits
 from benchmarks.report import (
     FEW_PAIRS,
     describe_environment,

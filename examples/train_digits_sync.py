@@ -1,6 +1,6 @@
 """Train a small network on the digits with SyncBatchNorm over all ranks, and in one process with the joint batch.
 
-``torchrun --nproc-per-node 2 benchmarks/train_digits_sync.py``, or ``make demo-sync``. Every rank trains on its share
+``torchrun --nproc-per-node 2 examples/train_digits_sync.py``, or ``make demo-sync``. Every rank trains on its share
 of each batch, shares being uneven; the first one then trains the same network on whole batches with bnfused's own
 BatchNorm2d, compares, and exits non-zero where the two differ.
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
-from benchmarks.digits import Digits, load_digits
+from examples.digits import Digits, load_digits
 from benchmarks.report import backend_line, make_console
 from bnfused import diagnostics
 
