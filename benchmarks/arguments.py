@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import folder_of_device
+from benchmarks.environment import folder_of_device
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -39,6 +39,13 @@ def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         return names
 
     return parse
+
+
+def check_least(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: int) -> None:
+    """Refuse an option that is below its least value."""
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {value}, got {getattr(options, name)}")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,202 +27,33 @@ from benchmarks.arguments import (
     settings,
     some_of,
 )
-from benchmarks.cases import CHAIN, DEFAULT_DTYPES, DTYPE_BYTES, GPU_DTYPES, SWEEPS, Cell, Configuration, bytes_moved
-from benchmarks.memory import Saved, saved_for_backward
-from benchmarks.peers import (
-    COMPILE_MODES,
-    COMPILED_PASSES,
-    OURS,
-    PEERS,
-    Tensors,
-    check_agreement,
-    forward_function,
-    make_chain,
-    make_function,
-    takes_cudnn,
-)
+from benchmarks.cases import CHAIN, DEFAULT_DTYPES, DTYPE_BYTES, GPU_DTYPES, SWEEPS, Configuration
+from benchmarks.environment import describe_environment, print_environment
+from benchmarks.measurement import Measurement, measure, plan_measurements
+from benchmarks.peers import PEERS
 from benchmarks.report import (
-    CellResult,
-    PeerResult,
-    Run,
     cell_table,
     closing_lines,
     compare,
     comparison_line,
     comparison_tables,
-    describe_environment,
     gigabytes,
     make_console,
-    merge,
     milliseconds,
-    print_environment,
-    progress_bar,
-    read_cells,
     saved_table,
     summarize,
     summary_table,
 )
-from benchmarks.timing import (
-    COPY,
-    ROOF_BYTES,
-    Clock,
-    Plan,
-    band,
-    copy_bandwidth,
-    differences,
-    interleave,
-    make_clock,
-    paired_ratios,
-)
+from benchmarks.results import CellResult, Run, merge, read_cells
+from benchmarks.running import finish, measure_each
+from benchmarks.timing import COPY, ROOF_BYTES, Budget, Clock, copy_bandwidth, make_clock
 
-NO_BATCH_NORM = "no batch norm"
 TINY_ROOF_BYTES = 2**16
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What is timed together: some cells of one configuration, at one number of threads, with some peers."""
-
-    configuration: Configuration
-    cells: tuple[Cell, ...]
-    peers: tuple[str, ...]
-
-    @property
-    def threads(self) -> int:
-        return self.cells[0].threads
-
-    @property
-    def title(self) -> str:
-        threads = f", T={self.threads}" if self.threads else ""
-        compiled = set(self.peers) & set(COMPILE_MODES)
-        return f"{self.configuration.name}{threads}" + (f", {' '.join(self.peers)}" if compiled else "")
-
-
-def plan_measurements(
-    configurations: Sequence[Configuration], threads: Sequence[int], pattern: str, peers: Sequence[str], every: bool
-) -> list[Measurement]:
-    """All eager measurements, then those with torch.compile, one mode and fusion each: compiling takes seconds.
-
-    There is not time for all of these on a GPU: a dtype has all of its layers in one mode, then in the next.
-
-    ``every``: not only the configurations that are marked for torch.compile are compiled.
-    """
-    work = []
-    compiled = []
-    for configuration in configurations:
-        # A sweep over the threads needs several, any other sweep only one.
-        for count in threads if configuration.sweep in ("", "threads") else threads[-1:]:
-            cells = configuration.cells(count, pattern)
-            eager = tuple(name for name in peers if name not in COMPILE_MODES)
-            if cells and eager:
-                work.append(Measurement(configuration, tuple(cells), eager))
-            if not (every or configuration.compiled):
-                continue
-            for name in COMPILE_MODES:
-                for fusion in configuration.fusions if name in peers else ():
-                    some = [cell for cell in cells if cell.fusion == fusion and cell.pass_name in COMPILED_PASSES]
-                    if some:
-                        compiled.append(Measurement(configuration, tuple(some), (name,)))
-    dtypes = [configuration.dtype for configuration in configurations]
-    modes = list(COMPILE_MODES)
-    compiled.sort(key=lambda what: (dtypes.index(what.configuration.dtype), modes.index(what.peers[0])))
-    return work + compiled
-
-
-def measure(
-    what: Measurement, device: torch.device, clock: Clock, plan: Plan, on_round: Callable[[int], None]
-) -> tuple[list[CellResult], bool]:
-    """Time what belongs together.
-
-    Returns the results and whether the measurement was interrupted; then the results are of the
-    rounds that were done.
-    """
-    configuration, cells = what.configuration, what.cells
-    tensors = Tensors(configuration, device, plan.seed)
-    peers = [name for name in what.peers if name != "cuDNN" or takes_cudnn(tensors)]
-    if set(peers) & set(COMPILE_MODES):
-        # Else what was compiled before counts, and at the limit torch.compile runs eagerly without a word.
-        torch.compiler.reset()
-    check_agreement(configuration, cells, tensors, peers)
-    functions: dict[object, Callable[[], object]] = {}
-    x = tensors.x.detach()
-    functions[COPY] = lambda: tensors.copy.copy_(x)
-    for cell in cells:
-        for name in (OURS, *peers):
-            key = (name, cell.pass_name, cell.fusion)
-            if cell.pass_name == "chain":
-                functions[NO_BATCH_NORM] = make_chain(None, cell.fusion, tensors)
-                functions[key] = make_chain(name, cell.fusion, tensors)
-            else:
-                functions[key] = make_function(name, cell.pass_name, cell.fusion, tensors)
-    samples: dict[object, list[float | None]] = {}
-    interrupted = False
-    try:
-        interleave(functions, clock, plan, samples, on_round)
-    except KeyboardInterrupt:
-        interrupted = True
-    if not samples.get(COPY):
-        return [], interrupted
-    saved = {
-        fusion: {
-            name: saved_for_backward(forward_function(name, tensors, True, fusion), tensors.inputs(fusion))
-            for name in (OURS, *peers)
-            if name not in COMPILE_MODES
-        }
-        for fusion in {cell.fusion for cell in cells if cell.pass_name == "forward"}
-    }
-    return [
-        cell_result(
-            cell, configuration, peers, samples, saved.get(cell.fusion) if cell.pass_name == "forward" else None
-        )
-        for cell in cells
-    ], interrupted
-
-
-def cell_result(
-    cell: Cell,
-    configuration: Configuration,
-    peers: Sequence[str],
-    samples: Mapping[object, Sequence[float | None]],
-    saved: dict[str, Saved] | None = None,
-) -> CellResult:
-    """Medians, quartiles and paired ratios of one cell from the samples of its measurement."""
-    times = {}
-    for name in (OURS, *peers):
-        times[name] = samples[name, cell.pass_name, cell.fusion]
-        if cell.pass_name == "chain":
-            times[name] = differences(times[name], samples[NO_BATCH_NORM])
-    least = bytes_moved(cell.pass_name, cell.fusion, configuration.activation_bytes)
-    # A copy moves two activations: scaled to the bytes of this pass it is the time at copy speed.
-    scale = least / (2 * configuration.activation_bytes)
-
-    def in_ms(values: Sequence[float | None]) -> list[float]:
-        return [1e3 * value for value in values if value is not None]
-
-    def copy_speed(name: str) -> float | None:
-        fractions = band(paired_ratios(samples[COPY], times[name]))
-        return None if fractions is None else fractions.median * scale
-
-    def against(name: str) -> PeerResult:
-        ratios = paired_ratios(times[name], times[OURS])
-        return PeerResult(band(in_ms(times[name])), band(ratios), len(ratios), copy_speed(name))
-
-    return CellResult(
-        configuration=cell.configuration,
-        shape=configuration.shape,
-        layout=configuration.layout,
-        dtype=configuration.dtype,
-        family=cell.family,
-        pass_name=cell.pass_name,
-        fusion=cell.fusion,
-        threads=cell.threads,
-        bytes=least,
-        ms=band(in_ms(times[OURS])),
-        copy_ms=band(in_ms(samples[COPY])),
-        copy_speed=copy_speed(OURS),
-        peers={name: against(name) for name in peers},
-        saved=saved or {},
-    )
+# Peers and rounds of the cases that are modules.
+MODULE_CASES: dict[str, tuple[tuple[str, ...], int]] = {
+    "overhead": (("torch",), 51),
+    "compiled": (("torch", "compile"), 31),
+}
 
 
 def parse_sweeps(text: str) -> tuple[str, ...]:
@@ -266,13 +95,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="samples per function (default: 41, quick: 21, GPU: 15)")
     parser.add_argument(
-        "--seconds",
-        type=float,
-        help="limit per configuration and number of threads (default: 8, quick: 1.5, GPU: 0.5)",
+        "--seconds", type=float, help="limit per configuration and number of threads (default: 8, quick: 1.5, GPU: 0.5)"
     )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing later than this")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", choices=("cpu", "cuda"), help="the tensors of this device, on any (to try a script)")
+    parser.add_argument(
+        "--cases",
+        choices=("cpu", "cuda", *MODULE_CASES),
+        help="the tensors of this device, on any (to try a script); overhead: time per call on tiny tensors; compiled: "
+        "a residual block under torch.compile, compared with Inductor's own fusion",
+    )
     parser.add_argument("--tiny", action="store_true", help="of a few values each (to try a script)")
     add_output_arguments(parser, "bench")
     parser.add_argument(
@@ -289,9 +121,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.seconds is not None and not options.seconds > 0:
         parser.error(f"--seconds: expected more than 0, got {options.seconds}")
     gpu = options.device.type == "cuda"
+    options.cases = options.cases or options.device.type
+    if options.cases in MODULE_CASES:
+        peers, rounds = MODULE_CASES[options.cases]
+        if gpu or options.sweep or not set(options.peers or ()) <= set(peers):
+            parser.error(f"--cases {options.cases} is for a CPU, without --sweep, and for the peers {', '.join(peers)}")
+        options.peers, options.rounds = options.peers or peers, options.rounds or rounds
+        options.seconds, options.threads = options.seconds or 60.0, options.threads or [1]
     options.rounds = options.rounds or (15 if gpu else 21 if options.quick else 41)
     options.seconds = options.seconds or (0.5 if gpu else 1.5 if options.quick else 8.0)
-    options.cases = options.cases or options.device.type
     options.every_compiled = options.peers is not None
     options.peers = options.peers or (PEERS if options.cases == "cuda" else ("torch",))
     options.dtypes = options.dtypes or (GPU_DTYPES if options.cases == "cuda" else DEFAULT_DTYPES)
@@ -315,6 +153,8 @@ def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
             for sweep in options.sweep
             for configuration in cases.sweep_configurations(sweep, options.cases, options.dtypes[0], options.quick)
         ]
+    elif options.cases in MODULE_CASES:
+        every = cases.call_configurations() if options.cases == "overhead" else cases.block_configurations()
     elif options.cases == "cuda":
         every = cases.gpu_configurations(options.dtypes, options.quick)
     else:
@@ -401,53 +241,33 @@ def measure_all(
     run: Run[CellResult],
     console: Console,
 ) -> None:
-    """Fill ``run``, measurement by measurement, and its file with it. Ctrl-C ends it and keeps what there is."""
+    """Fill ``run``, measurement by measurement, and its file with it."""
     usual_threads, cudnn = torch.get_num_threads(), torch.backends.cudnn.enabled
-    plan = Plan(options.rounds, options.seconds, options.seed)
-    begin = time.perf_counter()
-    left = list(work)
-    progress = progress_bar(console)
+    budget = Budget(options.rounds, options.seconds, options.seed)
+
+    def measure_one(what: Measurement, on_round: Callable[[int], None]) -> tuple[list[CellResult], bool]:
+        set_threads(what.threads)
+        return measure(what, options.device, clocks[what.threads], budget, on_round)
+
+    def keep(what: Measurement, results: list[CellResult], console: Console) -> None:
+        show_measurement(what, results, console)
+        merge(run.results, results)
+
+    run.not_measured = [what.title for what in work]
     try:
-        with progress:
-            for threads, clock in clocks.items():
-                set_threads(threads)
-                size = TINY_ROOF_BYTES if options.tiny else ROOF_BYTES[options.device.type]
-                run.roof[threads] = copy_bandwidth(options.device, clock, size)
-                console.print(
-                    f"{f'T={threads}: ' if threads else ''}a copy of {size / 2**20:g} MiB moves "
-                    f"{gigabytes(run.roof[threads])} GB/s, read and written"
-                )
-            console.print()
-            task = progress.add_task("", total=len(work) * options.rounds)
-            while left and (options.limit is None or time.perf_counter() - begin < options.limit):
-                what = left[0]
-
-                def on_round(done: int, before: int = len(work) - len(left), title: str = what.title) -> None:
-                    # Rounds may end early for lack of time, so the bar can only jump forward from here.
-                    completed = before * options.rounds + done
-                    progress.update(task, completed=completed, description=f"{title}, round {done}")
-                    progress.refresh()
-
-                on_round(0)
-                set_threads(what.threads)
-                try:
-                    results, run.interrupted = measure(what, options.device, clocks[what.threads], plan, on_round)
-                except Exception as error:  # a peer that cannot do a case is a result, and the rest is worth having
-                    message = str(error).splitlines()[0][:300] if str(error) else ""
-                    run.failed.append(f"{what.title}: {type(error).__name__}: {message}")
-                    progress.console.print(f"FAILED {run.failed[-1]}", style="bold red", markup=False)
-                    results = []
-                del left[0]
-                show_measurement(what, results, progress.console)
-                merge(run.results, results)
-                if options.json:
-                    run.write(options.json)
-                if run.interrupted:
-                    break
+        for threads, clock in clocks.items():
+            set_threads(threads)
+            size = TINY_ROOF_BYTES if options.tiny else ROOF_BYTES[options.device.type]
+            run.roof[threads] = copy_bandwidth(options.device, clock, size)
+            console.print(
+                f"{f'T={threads}: ' if threads else ''}a copy of {size / 2**20:g} MiB moves "
+                f"{gigabytes(run.roof[threads])} GB/s, read and written"
+            )
+        console.print()
+        measure_each(work, run, options, console, measure_one, keep)
     except KeyboardInterrupt:
         run.interrupted = True
     finally:
-        run.not_measured = [what.title for what in left]
         torch.set_num_threads(usual_threads)
         torch.backends.cudnn.set_flags(_enabled=cudnn)
 
@@ -488,18 +308,8 @@ def show_end(run: Run[CellResult], clocks: Mapping[int, Clock], options: argpars
             f"{without} ratios have no valid pair of samples and are not in the table: run again on a quieter machine.",
             style="yellow",
         )
-    if run.interrupted:
-        console.print("[bold]Interrupted:[/] the numbers are of what was measured until then.")
-    if run.not_measured:
-        console.print(f"{len(run.not_measured)} measurements were left out, {run.not_measured[0]} first.", markup=False)
-    if options.json:
-        run.write(options.json)
-        console.print(f"numbers: {options.json}", markup=False)
-    if options.picture and summaries:
-        (pictures.save_sweeps if options.sweep else pictures.save_ratios)(run, options.picture)
-        console.print(f"picture: {options.picture}", markup=False)
-    for message in run.failed:
-        console.print(f"FAILED {message}", style="bold red", markup=False)
+    draw = pictures.save_sweeps if options.sweep else pictures.save_ratios
+    finish(run, options, console, "measurements", (lambda: draw(run, options.picture)) if summaries else None)
     for line in closing_lines(run.results):
         console.print(line, markup=False, soft_wrap=True)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 FUSIONS = ("plain", "relu", "add_relu")
 FUSION_LABELS = {"plain": "plain", "relu": "+ReLU", "add_relu": "+add+ReLU"}
-PASSES = ("forward", "backward", "forward+backward", "eval", "chain")
+# The passes without a graph; "forward, no grad" is in training mode.
+WITHOUT_GRAD = ("forward, no grad", "eval")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_DTYPES = ("float32", "bfloat16")
 GPU_DTYPES = ("bfloat16", "float16", "float32")
@@ -30,6 +31,8 @@ MIXED = "x and grad_y in different layouts, NLC view"
 EXPANDED = "expanded grad_y"
 LARGE = "outputs >= 32 MiB"
 CHAIN = "between producer and consumer, net"
+CALLS = "one call of a module"
+COMPILED = "compiled block"
 
 _REGULAR = (FIRST_32, LAST_32, FIRST_16, LAST_16)
 
@@ -63,8 +66,8 @@ class Configuration:
 
     ``grad_y`` is the layout of the upstream gradient: ``like x``, ``contiguous``,
     ``channels_last``, or ``expanded`` (one stored value, as ``y.sum().backward()`` makes it).
-    ``network`` has a layer with this input; ``sweep`` is what is varied. ``compiled``: compared with torch.compile on a
-    GPU, which takes seconds per cell.
+    ``network`` has a layer with this input, or is the module that is called. ``sweep`` is what is varied.
+    ``compiled``: compared with torch.compile on a GPU, which takes seconds per cell.
     """
 
     shape: tuple[int, ...]
@@ -113,6 +116,7 @@ def bytes_moved(pass_name: str, fusion: str, activation_bytes: int) -> int:
     forward, backward = 2 + residual, 3 + residual
     passes = {
         "forward": forward,
+        "forward, no grad": forward,
         "eval": forward,
         "chain": forward,
         "backward": backward,
@@ -160,11 +164,7 @@ def _regular(dtype: str) -> Iterator[Configuration]:
 
 def _cliffs() -> Iterator[Configuration]:
     """Where torch 2.13 on CPU falls far below its own usual speed, or a new kernel easily might."""
-    for shape, quick in (
-        ((32, 3, 224, 224), False),
-        ((16, 2, 256, 256), True),
-        ((8, 12, 112, 112), True),
-    ):
+    for shape, quick in (((32, 3, 224, 224), False), ((16, 2, 256, 256), True), ((8, 12, 112, 112), True)):
         yield Configuration(shape, "channels_last", "float32", FEW, _TRAIN_AND_EVAL, ("plain", "relu"), quick=quick)
     for layout, grad_y in (("channels_last", "contiguous"), ("NCHW", "channels_last")):
         yield Configuration(
@@ -198,12 +198,7 @@ def _cliffs() -> Iterator[Configuration]:
         )
     for layout in ("NCHW", "channels_last"):
         yield Configuration(
-            (16, 64, 112, 112),
-            layout,
-            "float32",
-            LARGE,
-            ("forward", "backward", "eval"),
-            ("plain", "relu"),
+            (16, 64, 112, 112), layout, "float32", LARGE, ("forward", "backward", "eval"), ("plain", "relu")
         )
 
 
@@ -268,6 +263,27 @@ def gpu_configurations(dtypes: Iterable[str], quick: bool) -> list[Configuration
         for network, shape, compiled in _LAYERS
         for layout in (("channels_last", "NCHW") if len(shape) == 4 else ("NC",))
         if not quick or (compiled and dtype == "bfloat16")
+    ]
+
+
+def call_configurations() -> list[Configuration]:
+    """Tensors so small that there is nothing to compute."""
+    passes = ("forward, no grad", "forward", "forward+backward", "eval")
+    return [
+        Configuration(shape, layout, "float32", CALLS, passes, network="Module")
+        for shape, layout in (((2, 4, 2, 2), "NCHW"), ((4, 8), "NC"), ((64, 256), "NC"))
+    ]
+
+
+def block_configurations() -> list[Configuration]:
+    """A residual block, and the same without its convolutions. The fusion "plain" is bnfused's unfused batch norm."""
+    return [
+        Configuration(
+            shape, layout, "float32", COMPILED, ("forward+backward", "eval"), ("plain", "add_relu"), network=network
+        )
+        for network in ("Norms", "Block")
+        for shape in ((8, 64, 28, 28), (8, 256, 14, 14))
+        for layout in ("NCHW", "channels_last")
     ]
 
 

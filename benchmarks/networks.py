@@ -12,12 +12,12 @@ import copy
 import gc
 import math
 import sys
-import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -25,23 +25,21 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
 from benchmarks import models, pictures
-from benchmarks.arguments import add_output_arguments, check_output_arguments, set_output_files, settings, some_of
-from benchmarks.memory import saved_for_backward
-from benchmarks.report import (
-    FEW_PAIRS,
-    Run,
-    describe_environment,
-    make_console,
-    mebibytes,
-    milliseconds,
-    plain_table,
-    print_environment,
-    progress_bar,
-    ratio_text,
-    spread,
+from benchmarks.arguments import (
+    add_output_arguments,
+    check_least,
+    check_output_arguments,
+    set_output_files,
+    settings,
+    some_of,
 )
+from benchmarks.environment import describe_environment, print_environment
+from benchmarks.memory import saved_for_backward
+from benchmarks.report import FEW_PAIRS, make_console, mebibytes, milliseconds, plain_table, ratio_text, spread
+from benchmarks.results import NetworkResult, Run
+from benchmarks.running import finish, measure_each
 from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, precision, random_batch, training_step
-from benchmarks.timing import Band, Clock, Plan, band, interleave, make_clock, paired_ratios
+from benchmarks.timing import Budget, Clock, band, interleave, make_clock, paired_ratios
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-50": models.resnet50,
@@ -67,24 +65,8 @@ class Case:
     layout: str
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         return f"{self.network} {self.dtype} {self.layout}"
-
-
-@dataclass(frozen=True)
-class NetworkResult:
-    """Both implementations in one case; ``memory`` in bytes. ``ratio`` is torch's time of a step over bnfused's."""
-
-    network: str
-    dtype: str
-    layout: str
-    batch: int
-    size: int
-    ms: dict[str, Band | None]
-    images_per_second: dict[str, float | None]
-    ratio: Band | None
-    pairs: int
-    memory: dict[str, int]
 
 
 def all_cases(networks: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str]) -> list[Case]:
@@ -142,7 +124,7 @@ def measure(
     size: int,
     device: torch.device,
     clock: Clock,
-    plan: Plan,
+    budget: Budget,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> tuple[NetworkResult | None, bool]:
     """Returns the result, None without a whole round, and whether it was interrupted.
@@ -162,7 +144,7 @@ def measure(
     samples: dict[Hashable, list[float | None]] = {}
     interrupted = False
     try:
-        interleave(steps, clock, plan, samples, on_round)
+        interleave(steps, clock, budget, samples, on_round)
     except KeyboardInterrupt:
         interrupted = True
     if not samples or not samples["torch"]:
@@ -194,10 +176,10 @@ def measure_what_fits(
 ) -> tuple[NetworkResult | None, bool]:
     """With the batch halved until it fits the device's memory."""
     batch = options.batch_size
-    plan = Plan(options.rounds, options.seconds, options.seed)
+    budget = Budget(options.rounds, options.seconds, options.seed)
     while True:
         try:
-            return measure(case, batch, options.size, options.device, clock, plan, on_round)
+            return measure(case, batch, options.size, options.device, clock, budget, on_round)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -218,7 +200,7 @@ def results_table(results: Sequence[NetworkResult]) -> Table:
         few = " (few)" if result.pairs < FEW_PAIRS else ""
         speeds = [result.images_per_second[name] for name in IMPLEMENTATIONS]
         table.add_row(
-            Case(result.network, result.dtype, result.layout).name,
+            Case(result.network, result.dtype, result.layout).title,
             str(result.batch),
             *(milliseconds(result.ms[name]) for name in IMPLEMENTATIONS),
             ratio_text(result.ratio),
@@ -253,9 +235,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.batch_size = options.batch_size or (128 if gpu else 8) // (2 if options.quick else 1)
     options.size = options.size or (64 if options.quick else 224)
     options.seconds = options.seconds or (3.0 if gpu or options.quick else 30.0)
-    for name, least in (("batch_size", 1), ("size", 33), ("rounds", 1), ("threads", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(options, name)}")
+    check_least(parser, options, batch_size=1, size=33, rounds=1, threads=1)
     check_output_arguments(parser, options)
     return options
 
@@ -278,69 +258,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"{options.threads} threads; {clock.description}", markup=False)
     console.print(f"Images of {options.size}x{options.size}, training. Memory: {memory}.\n", markup=False)
 
-    left = all_cases(options.networks, options.dtypes, options.layouts)
-    checked: dict[str, bool] = {}
-    usual_threads, begin = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(options.threads)
-    progress = progress_bar(console)
-    try:
-        with progress:
-            task = progress.add_task("", total=len(left) * options.rounds)
-            done_before = 0
-            while left and not run.interrupted and time.perf_counter() - begin < options.limit:
-                case = left[0]
-
-                def on_round(done: int, before: int = done_before, title: str = case.name) -> None:
-                    completed = before * options.rounds + done
-                    progress.update(task, completed=completed, description=f"{title}, round {done}")
-                    progress.refresh()
-
-                on_round(0)
-                result = None
-                try:
-                    if case.network not in checked:
-                        checked[case.network] = False
-                        check(case.network, options.device)
-                        checked[case.network] = True
-                    if checked[case.network]:
-                        result, run.interrupted = measure_what_fits(case, options, clock, on_round)
-                except Exception as error:  # what one network cannot do is a result, and the rest is worth having
-                    message = str(error).splitlines()[0][:300] if str(error) else ""
-                    run.failed.append(f"{case.name}: {type(error).__name__}: {message}")
-                    progress.console.print(f"FAILED {run.failed[-1]}", style="bold red", markup=False)
-                if result is not None:
-                    run.results.append(result)
-                    progress.console.print(
-                        f"{case.name}: {ratio_text(result.ratio)} as fast, "
-                        f"{result.memory['bnfused'] / result.memory['torch']:.0%} of the memory",
-                        markup=False,
-                    )
-                del left[0]
-                done_before += 1
-                if options.json:
-                    run.write(options.json)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    finally:
-        run.not_measured = [case.name for case in left]
-        torch.set_num_threads(usual_threads)
-
+    measure_all(options, clock, run, console)
     if run.results:
         console.print()
         console.print(results_table(run.results))
-    if run.interrupted:
-        console.print("[bold]Interrupted:[/] the numbers are of what was measured until then.")
-    if run.not_measured:
-        console.print(f"{len(run.not_measured)} cases were left out, {run.not_measured[0]} first.", markup=False)
-    if options.json:
-        run.write(options.json)
-        console.print(f"numbers: {options.json}", markup=False)
-    if options.picture and run.results:
-        pictures.save_networks(run, options.picture)
-        console.print(f"picture: {options.picture}", markup=False)
-    for message in run.failed:
-        console.print(f"FAILED {message}", style="bold red", markup=False)
+    draw = (lambda: pictures.save_networks(run, options.picture)) if run.results else None
+    finish(run, options, console, "cases", draw)
     return run.exit_status
+
+
+def measure_all(options: argparse.Namespace, clock: Clock, run: Run[NetworkResult], console: Console) -> None:
+    """Fill ``run``, case by case. A network that converts wrongly is named once, and all of its cases are left out."""
+    checked: dict[str, bool] = {}
+
+    def measure_one(case: Case, on_round: Callable[[int], None]) -> tuple[list[NetworkResult], bool]:
+        if case.network not in checked:
+            checked[case.network] = False
+            check(case.network, options.device)
+            checked[case.network] = True
+        if not checked[case.network]:
+            return [], False
+        result, interrupted = measure_what_fits(case, options, clock, on_round)
+        return [] if result is None else [result], interrupted
+
+    def keep(case: Case, results: list[NetworkResult], console: Console) -> None:
+        run.results += results
+        for result in results:
+            share = result.memory["bnfused"] / result.memory["torch"]
+            console.print(f"{case.title}: {ratio_text(result.ratio)} as fast, {share:.0%} of the memory", markup=False)
+
+    usual_threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        cases = all_cases(options.networks, options.dtypes, options.layouts)
+        measure_each(cases, run, options, console, measure_one, keep)
+    finally:
+        torch.set_num_threads(usual_threads)
 
 
 if __name__ == "__main__":

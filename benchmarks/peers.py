@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import bnfused
-from benchmarks.cases import Cell, Configuration
+from benchmarks.cases import WITHOUT_GRAD, Cell, Configuration
 
 OURS = "bnfused"
 # torch: eager torch, its own kernels on a GPU too. The last two are modes of torch.compile.
@@ -26,7 +26,10 @@ AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 
 
 class Tensors:
-    """The buffers of one configuration, shared by everything that is timed on it."""
+    """The buffers of one configuration, shared by everything that is timed on it, and the op on them."""
+
+    # So many calls make one call of a timed function.
+    calls = 1
 
     def __init__(self, configuration: Configuration, device: torch.device, seed: int) -> None:
         # On the device: a CPU takes seconds for what a GPU fills in a millisecond.
@@ -59,6 +62,12 @@ class Tensors:
     def inputs(self, fusion: str) -> list[Tensor]:
         """What the forward reads and has a gradient."""
         return [self.x, self.weight, self.bias, *([self.residual] if fusion == "add_relu" else [])]
+
+    def forward(self, name: str, training: bool, fusion: str) -> Callable[[], Tensor]:
+        """A call of bnfused or a peer. Whether a graph is built is up to the grad mode."""
+        if name in COMPILE_MODES:
+            return compiled(name, self, training, fusion)
+        return lambda: batch_norm(name, self, self.x, training, fusion)
 
 
 def to_layout(tensor: Tensor, layout: str) -> Tensor:
@@ -130,12 +139,6 @@ def compiled(name: str, tensors: Tensors, training: bool, fusion: str) -> Callab
     return lambda: tensors.compiled[key](tensors.x, tensors.residual, tensors.weight, tensors.bias)
 
 
-def forward_function(name: str, tensors: Tensors, training: bool, fusion: str) -> Callable[[], Tensor]:
-    if name in COMPILE_MODES:
-        return compiled(name, tensors, training, fusion)
-    return lambda: batch_norm(name, tensors, tensors.x, training, fusion)
-
-
 def gradients(tensors: Tensors, y: Tensor, fusion: str, retain: bool) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y, tensors.inputs(fusion), tensors.grad_y, retain_graph=retain)
 
@@ -145,22 +148,27 @@ def make_function(name: str, pass_name: str, fusion: str, tensors: Tensors) -> C
 
     Outputs are allocated and freed inside, as in training.
     """
-    forward = forward_function(name, tensors, pass_name != "eval", fusion)
-    if pass_name == "forward":
-        return forward
+    forward = tensors.forward(name, pass_name != "eval", fusion)
+    inputs, grad_y = tensors.inputs(fusion), tensors.grad_y
+    one: Callable[[], object] = forward
     if pass_name == "backward":
         y = forward()
-        return lambda: gradients(tensors, y, fusion, retain=True)
-    if pass_name == "forward+backward":
-        return lambda: gradients(tensors, forward(), fusion, retain=False)
-    if pass_name == "eval":
+        one = lambda: torch.autograd.grad(y, inputs, grad_y, retain_graph=True)  # noqa: E731
+    elif pass_name == "forward+backward":
+        one = lambda: torch.autograd.grad(forward(), inputs, grad_y)  # noqa: E731
+    elif pass_name not in ("forward", *WITHOUT_GRAD):
+        raise ValueError(f"make_function: expected a pass other than {pass_name!r}")
+    with_grad = pass_name not in WITHOUT_GRAD
+    if with_grad and tensors.calls == 1:
+        return one
+    calls = range(tensors.calls)
 
-        def evaluate() -> Tensor:
-            with torch.no_grad():
-                return forward()
+    def run() -> None:
+        with torch.set_grad_enabled(with_grad):
+            for _ in calls:
+                one()
 
-        return evaluate
-    raise ValueError(f"make_function: expected a pass other than {pass_name!r}")
+    return run
 
 
 def make_chain(name: str | None, fusion: str, tensors: Tensors) -> Callable[[], object]:
@@ -188,7 +196,7 @@ def check_agreement(
     for pass_name, fusion in sorted({(cell.pass_name, cell.fusion) for cell in cells}):
         outputs = {}
         for name in (OURS, *names):
-            y = forward_function(name, tensors, pass_name != "eval", fusion)()
+            y = tensors.forward(name, pass_name != "eval", fusion)()
             backward = pass_name in ("backward", "forward+backward")
             grads = gradients(tensors, y, fusion, retain=False) if backward else ()
             outputs[name] = (y.detach(), *grads)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import FUSION_LABELS, SWEEPS
 from benchmarks.peers import OURS, PEERS
-from benchmarks.report import CellResult, Run, peers_of, summarize
+from benchmarks.report import peers_of, summarize
+from benchmarks.results import CellResult, NetworkResult, Run
 from benchmarks.timing import COPY, geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from benchmarks.networks import NetworkResult
 
 COLOURS = {OURS: "black", **{peer: f"C{index}" for index, peer in enumerate(PEERS)}}
 RATIO_TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 10, 20, 50, 100)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
-from benchmarks.report import describe_environment
+from benchmarks.environment import describe_environment
 
 # Of a rank's batch.
 SHAPES = ((8, 64, 56, 56), (8, 256, 28, 28), (8, 2048, 7, 7), (2, 512, 14, 14))

@@ -259,13 +259,13 @@ def copy_bandwidth(device: torch.device, clock: Clock, size: int) -> float | Non
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     samples: dict[Hashable, list[float | None]] = {}
-    interleave({COPY: lambda: target.copy_(source)}, clock, Plan(rounds=31, seconds=1.0), samples)
+    interleave({COPY: lambda: target.copy_(source)}, clock, Budget(rounds=31, seconds=1.0), samples)
     found = band([value for value in samples[COPY] if value is not None])
     return None if found is None else 2 * size / found.median
 
 
 @dataclass
-class Plan:
+class Budget:
     """How long to measure: ``rounds`` samples per function, fewer (but FEWEST_ROUNDS) in ``seconds``."""
 
     rounds: int
@@ -279,7 +279,7 @@ FEWEST_ROUNDS = 5  # below that, a median says little
 def interleave(
     functions: Mapping[Hashable, Callable[[], object]],
     clock: Clock,
-    plan: Plan,
+    budget: Budget,
     samples: dict[Hashable, list[float | None]],
     on_round: Callable[[int], None] = lambda done: None,
 ) -> None:
@@ -297,14 +297,14 @@ def interleave(
     for name in functions:
         samples[name] = []
     shuffled = list(functions)
-    generator = random.Random(plan.seed)
-    begin = time.perf_counter()
+    generator = random.Random(budget.seed)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
+    begin = time.perf_counter()  # on a busy machine, collecting can take a second
     try:
-        for done in range(plan.rounds):
-            if done >= FEWEST_ROUNDS and time.perf_counter() - begin > plan.seconds:
+        for done in range(budget.rounds):
+            if done >= FEWEST_ROUNDS and time.perf_counter() - begin > budget.seconds:
                 break
             generator.shuffle(shuffled)
             current = {name: _sample(functions[name], clock, repeats[name]) for name in shuffled}

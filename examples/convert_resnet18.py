@@ -19,18 +19,12 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
+from benchmarks.arguments import check_least
+from benchmarks.environment import describe_environment, print_environment
 from benchmarks.models import resnet18
-from benchmarks.report import (
-    describe_environment,
-    make_console,
-    milliseconds,
-    plain_table,
-    print_environment,
-    ratio_text,
-    spread,
-)
+from benchmarks.report import make_console, milliseconds, plain_table, ratio_text, spread
 from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, random_batch, training_step
-from benchmarks.timing import Clock, Plan, band, interleave, make_clock, paired_ratios
+from benchmarks.timing import Budget, Clock, band, interleave, make_clock, paired_ratios
 
 
 def time_steps(
@@ -42,7 +36,7 @@ def time_steps(
     models = {"torch": copy.deepcopy(original), "bnfused": bnfused.convert(original)}
     steps = {name: training_step(model.to(memory_format=layout), images, labels) for name, model in models.items()}
     samples: dict[Hashable, list[float | None]] = {}
-    interleave(steps, clock, Plan(options.rounds, options.seconds / len(LAYOUTS)), samples)
+    interleave(steps, clock, Budget(options.rounds, options.seconds / len(LAYOUTS)), samples)
     return samples
 
 
@@ -55,9 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--no-environment", action="store_true", help="do not print the machine")
     options = parser.parse_args(arguments)
-    for name, least in (("batch_size", 1), ("size", 33), ("rounds", 1), ("threads", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(options, name)}")
+    check_least(parser, options, batch_size=1, size=33, rounds=1, threads=1)
     return options
 
 

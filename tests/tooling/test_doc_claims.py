@@ -21,7 +21,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import bnfused
-from benchmarks import report, traffic
+from benchmarks import results, traffic
 from benchmarks.timing import geometric_mean
 from bnfused import functional
 from support import cases, checks
@@ -249,7 +249,7 @@ COLUMNS = [
 def measured():
     """The ratios to torch that were measured, by family, pass, fusion and threads."""
     ratios = collections.defaultdict(list)
-    for cell in report.read_cells(MEASURED).results:
+    for cell in results.read_cells(MEASURED).results:
         ratios[cell.family, cell.pass_name, cell.fusion, cell.threads].append(cell.ratio("torch"))
     return ratios
 

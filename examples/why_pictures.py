@@ -1,0 +1,354 @@
+"""The tables and figures of docs/why.md."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.why_networks import BATCH_NORM, MLP, NOISY, PLAIN, VARIANTS, VGG, Network
+from examples.why_trainings import ACCURACIES, COMPARISONS, NEVER, Comparison, Results, Trace
+
+
+def count(steps: float) -> str:
+    return "never" if steps == NEVER else f"{steps:g}"
+
+
+def speed_table(network: Network, results: Results) -> str:
+    """The best rate is chosen for every accuracy by itself."""
+    headings = [f"steps to {100 * wanted:.0f} %" for wanted in ACCURACIES]
+    rows = [["", *headings, "speed-up at 95 %", "best rate for 95 %", "rates that train"]]
+    baseline, _ = results.speeds[network.key, PLAIN].best(0.95)
+    for variant in VARIANTS:
+        speed = results.speeds[network.key, variant]
+        steps, rate = speed.best(0.95)
+        trains = speed.rates_that_train()
+        rows.append(
+            [
+                variant.name,
+                *(count(speed.best(wanted)[0]) for wanted in ACCURACIES),
+                f"{baseline / steps:.1f}x" if steps < NEVER and baseline < NEVER else "-",
+                f"{rate:g}" if steps < NEVER else "-",
+                f"{trains[0]:g} to {trains[-1]:g} ({trains[-1] / trains[0]:.0f}x)" if trains else "none",
+            ]
+        )
+    return markdown(rows)
+
+
+def median_of(traces: Sequence[Trace], values: Callable[[Trace], Sequence[float]], learning: bool | None) -> float:
+    """Over seeds and measured steps: those while learning, those after it, or (None) all. NaN if there are none."""
+    chosen = [
+        value
+        for trace in traces
+        for value, early in zip(values(trace), trace.learning(), strict=True)
+        if learning is None or early == learning
+    ]
+    return statistics.median(chosen) if chosen else math.nan
+
+
+def shift_table(results: Results) -> str:
+    """Medians over layers, steps while learning, and seeds."""
+    rows = [["", "", "rate", "\\|G - G'\\| / \\|G\\|", "cosine", "rate x beta", "last loss"]]
+    for comparison in COMPARISONS.values():
+        for variant, traces in results.of(comparison).items():
+            distances, cosines = [], []
+            for one in traces:
+                learning = dict(zip(one.steps, one.learning(), strict=True))
+                measured = [shift for shift in one.shifts if learning[shift.step]]
+                distances += [shift.distance / shift.gradient_norm for shift in measured]
+                cosines += [shift.cosine for shift in measured]
+            rate = comparison.rates[variant]
+            rows.append(
+                [
+                    f"{comparison.network.title}: {comparison.title}",
+                    variant.name,
+                    f"{rate:g}",
+                    f"{statistics.median(distances):.2f}",
+                    f"{statistics.median(cosines):.2f}",
+                    f"{rate * median_of(traces, lambda one: one.smoothnesses, True):.2f}",
+                    f"{statistics.median(one.losses[-1] for one in traces):.3f}",
+                ]
+            )
+    return markdown(rows)
+
+
+def drift_table(results: Results) -> str:
+    """Medians over units, activations, all measured steps and seeds."""
+    rows = [["", "", "mean", "scale", "quantiles", "steps to 90 %"]]
+    for comparison in (COMPARISONS["vgg"], COMPARISONS["mlp"]):
+        for variant, traces in results.of(comparison).items():
+            drifts = [drift for one in traces for drift in one.drifts]
+            rows.append(
+                [
+                    f"{comparison.network.title}, rate {comparison.rates[variant]:g}",
+                    variant.name,
+                    *(f"{statistics.median(column):.4f}" for column in zip(*drifts, strict=True)),
+                    count(statistics.median(one.trained() for one in traces)),
+                ]
+            )
+    return markdown(rows)
+
+
+def landscape_table(results: Results) -> str:
+    """Medians over seeds and steps, while learning / after it."""
+
+    def both(traces: Sequence[Trace], values: Callable[[Trace], Sequence[float]]) -> str:
+        return " / ".join(f"{median_of(traces, values, learning):.2g}" for learning in (True, False))
+
+    rows = [["", "", "loss variation", "relative to the loss", "gradient change", "relative to \\|g\\|", "beta"]]
+    for comparison in (COMPARISONS["vgg"], COMPARISONS["mlp"]):
+        for variant, traces in results.of(comparison).items():
+            rows.append(
+                [
+                    f"{comparison.network.title}, rate {comparison.rates[variant]:g}",
+                    variant.name,
+                    both(traces, lambda one: [high - low for low, high in one.loss_ranges]),
+                    both(
+                        traces,
+                        lambda one: [
+                            (high - low) / loss for (low, high), loss in zip(one.loss_ranges, one.losses, strict=True)
+                        ],
+                    ),
+                    both(traces, lambda one: [high for _, high in one.change_ranges]),
+                    both(
+                        traces,
+                        lambda one: [
+                            high / norm for (_, high), norm in zip(one.change_ranges, one.gradient_norms, strict=True)
+                        ],
+                    ),
+                    both(traces, lambda one: one.smoothnesses),
+                ]
+            )
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Markdown, by the names that stand in the marks of ``docs/why.md``."""
+    return {
+        "speed vgg": speed_table(VGG, results),
+        "speed mlp": speed_table(MLP, results),
+        "shift": shift_table(results),
+        "drift": drift_table(results),
+        "landscape": landscape_table(results),
+    }
+
+
+def fill_in(text: str, filled: Mapping[str, str]) -> str:
+    """``text`` with each table put between its marks, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+
+    Raises:
+        ValueError: marks are missing.
+    """
+    for name, table in filled.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        head, found, rest = text.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"expected {begin} and {end} in the page")
+        text = f"{head}{begin}\n\n{table}\n\n{end}{tail}"
+    return text
+
+
+def speed_figure(results: Results, pyplot: Any) -> Any:
+    """Steps to 95 % over the learning rate, and accuracies over steps at the best rate; a row for each network."""
+    figure, rows = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    for (left, right), network in zip(rows, (VGG, MLP), strict=True):
+        limit = network.steps
+        never = limit * 1.35
+        for variant in VARIANTS:
+            speed = results.speeds[network.key, variant]
+            style = {"c": variant.colour, "ls": "--" if variant.torch_init else "-"}
+            rates = list(speed.curves)
+            values = [min(speed.steps_to(0.95, rate), never) for rate in rates]
+            left.plot(rates, values, marker="o", ms=4, label=variant.name, **style)
+            steps, rate = speed.best(0.95)
+            if steps < NEVER:
+                curve = speed.curves[rate][0]
+                right.plot(curve.steps, curve.accuracies, label=f"{variant.name}, rate {rate:g}", **style)
+        left.axhline(limit, c="grey", lw=0.8, ls=":")
+        left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="steps (batches of 64)")
+        ticks = [tick for tick in (10, 20, 50, 100, 200, 500) if tick < limit]
+        left.set_yticks([*ticks, never], [*map(str, ticks), "never"])
+        left.minorticks_off()
+        left.set_title(
+            f"{network.title}\nsteps to 95 % test accuracy, median of the seeds (limit: {limit})", fontsize=10
+        )
+        right.axhline(0.95, c="grey", lw=0.8, ls=":")
+        right.set(
+            xscale="log", xlabel="step", ylabel="test accuracy", ylim=(0, 1.45), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1]
+        )
+        right.set_title(f"{network.title}\neach at its best rate, first seed, until 97 %", fontsize=10)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        if right.lines[:-1]:  # the last one is the limit
+            right.legend(fontsize=8, loc="upper left")
+    figure.legend(*rows[0][0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
+    return figure
+
+
+def shift_figure(comparisons: Sequence[Comparison], results: Results, pyplot: Any) -> Any:
+    """Distance and cosine of the gradients of every layer over training; a column for each comparison."""
+    network = comparisons[0].network
+    figure, grid = pyplot.subplots(
+        3, len(comparisons), figsize=(4.4 * len(comparisons), 9), layout="constrained", squeeze=False
+    )
+    for column, comparison in zip(grid.T, comparisons, strict=True):
+        for variant, heat in zip((PLAIN, BATCH_NORM), column[1:], strict=True):
+            first = results.of(comparison)[variant][0]
+            layers = first.layers()
+            relative = [[shift.distance / shift.gradient_norm for shift in first.of_layer(layer)] for layer in layers]
+            middle = [statistics.median(values) for values in zip(*relative, strict=True)]
+            label = f"{variant.name}, rate {comparison.rates[variant]:g}"
+            column[0].plot(first.steps, middle, c=variant.colour, label=label)
+            low, high = [min(v) for v in zip(*relative, strict=True)], [max(v) for v in zip(*relative, strict=True)]
+            column[0].fill_between(first.steps, low, high, color=variant.colour, alpha=0.15, lw=0)
+            cosines = [[shift.cosine for shift in first.of_layer(layer)] for layer in layers]
+            every = first.steps[1] - first.steps[0]
+            image = heat.imshow(
+                cosines,
+                cmap="RdBu",
+                vmin=-1,
+                vmax=1,
+                aspect="auto",
+                origin="lower",
+                interpolation="nearest",
+                extent=(first.steps[0] - every / 2, first.steps[-1] + every / 2, 1.5, len(layers) + 1.5),
+            )
+            heat.set_title(f"cosine of G and G': {label}", fontsize=9)
+            heat.set_ylabel("layer (the first has no shift)")
+        column[0].set_yscale("log")
+        column[0].set_ylabel("|G - G'| / |G|")
+        column[0].set_title(f"{comparison.title}: shift (line: median layer; band: all)", fontsize=9)
+        column[0].legend(fontsize=8)
+        column[0].grid(alpha=0.3)
+        column[-1].set_xlabel("step")
+    figure.colorbar(image, ax=grid[1:, -1], label="cosine: 1 same direction, -1 reversed")
+    for row in grid[:1]:
+        limits = [axes.get_ylim() for axes in row]
+        for axes in row:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    figure.suptitle(
+        f"{network.title}: a layer's gradient before (G) and after (G') the layers before it step (first seed)",
+        fontsize=11,
+    )
+    return figure
+
+
+def drift_figure(results: Results, pyplot: Any) -> Any:
+    """The input of one unit over training, and how far all units' inputs move in one step; a row for each network."""
+    shown = (PLAIN, BATCH_NORM, NOISY)
+    figure, rows = pyplot.subplots(2, 4, figsize=(16, 7.5), layout="constrained")
+    for row, key in zip(rows, ("vgg", "mlp"), strict=True):
+        comparison = COMPARISONS[key]
+        rate = comparison.rates[PLAIN]
+        for axes, variant in zip(row, shown, strict=False):
+            traces = results.of(comparison)[variant]
+            low, middle, high = zip(*traces[0].unit, strict=True)
+            axes.fill_between(traces[0].steps, low, high, color=variant.colour, alpha=0.25, lw=0, label="15 % to 85 %")
+            axes.plot(traces[0].steps, middle, c=variant.colour, label="median")
+            axes.set(xlabel="step", ylabel="input of the activation")
+            axes.set_title(f"{variant.name}\none unit of the last hidden layer", fontsize=9)
+            moved = [statistics.median(v) for v in zip(*([d[2] for d in t.drifts] for t in traces), strict=True)]
+            row[3].plot(traces[0].steps[: len(moved)], moved, c=variant.colour, label=variant.name)
+        row[3].set(yscale="log", xlabel="step", ylabel="standard deviations")
+        row[3].set_title("shift of the quantiles in one step,\nmedian of all hidden units", fontsize=9)
+        low, high = row[3].get_ylim()
+        row[3].set_ylim(low / 4, high)  # room for the legend
+        row[3].legend(fontsize=8, loc="lower left")
+        limits = [axes.get_ylim() for axes in row[:3]]
+        for axes in row[:3]:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        row[0].legend(fontsize=8, loc="lower right")
+        for axes in row:
+            axes.grid(alpha=0.3)
+        row[0].annotate(
+            f"{comparison.network.title}, rate {rate:g}",
+            (-0.22, 0.5),
+            xycoords="axes fraction",
+            rotation=90,
+            va="center",
+            ha="right",
+        )
+    return figure
+
+
+def landscape_figure(results: Results, pyplot: Any) -> Any:
+    """Loss variation, gradient predictiveness and effective smoothness over training; a row for each network."""
+    figure, rows = pyplot.subplots(2, 4, figsize=(17, 8), layout="constrained")
+    for row, key in zip(rows, ("vgg", "mlp"), strict=True):
+        comparison = COMPARISONS[key]
+        rate = comparison.rates[PLAIN]
+        for variant, traces in results.of(comparison).items():
+            steps, style = traces[0].steps, {"color": variant.colour, "alpha": 0.25, "lw": 0}
+
+            def middle(values: Callable[[Trace], Sequence[float]], traces: Sequence[Trace] = traces) -> list[float]:
+                return [statistics.median(at) for at in zip(*map(values, traces), strict=True)]
+
+            low, high = middle(lambda t: [a for a, _ in t.loss_ranges]), middle(lambda t: [b for _, b in t.loss_ranges])
+            row[0].fill_between(steps, low, high, label=variant.name, **style)
+            row[0].plot(steps, middle(lambda t: t.losses), c=variant.colour, lw=1)
+            low, high = (
+                middle(lambda t: [a for a, _ in t.change_ranges]),
+                middle(lambda t: [b for _, b in t.change_ranges]),
+            )
+            row[1].fill_between(steps, low, high, label=variant.name, **style)
+            parts = middle(lambda t: [b / n for (_, b), n in zip(t.change_ranges, t.gradient_norms, strict=True)])
+            row[2].plot(steps, parts, c=variant.colour, label=variant.name)
+            row[3].plot(steps, middle(lambda t: t.smoothnesses), c=variant.colour, label=variant.name)
+        row[3].axhline(2 / rate, c="grey", lw=1, ls=":", label="2 / rate: the edge of stability")
+        row[0].set_ylabel("loss (line: at the parameters)")
+        row[0].set_title("loss variation: range of the loss\n1/2 to 4 gradient steps ahead", fontsize=9)
+        row[1].set_ylabel("|change of gradient|")
+        row[1].set_title("gradient predictiveness: range of the\nchange of the gradient (less is better)", fontsize=9)
+        row[2].set_ylabel("|change of gradient| / |gradient|")
+        row[2].set_title("the largest change,\nin units of the gradient", fontsize=9)
+        row[3].set_ylabel("beta")
+        row[3].set_title("effective beta-smoothness\n(less is smoother)", fontsize=9)
+        for axes in row:
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+        for axes in row[:2]:
+            axes.set_yscale("log")
+        for axes in row[2:]:
+            axes.set_ylim(bottom=0)
+        row[0].annotate(
+            f"{comparison.network.title}, rate {rate:g}",
+            (-0.2, 0.5),
+            xycoords="axes fraction",
+            rotation=90,
+            va="center",
+            ha="right",
+        )
+    figure.legend(*rows[0][3].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=4)
+    return figure
+
+
+def save_figures(results: Results, folder: Path) -> list[Path]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figures = {
+        "speed": speed_figure(results, pyplot),
+        "shift_vgg": shift_figure([COMPARISONS[key] for key in ("vgg small", "vgg", "vgg large")], results, pyplot),
+        "shift_linear": shift_figure(
+            [COMPARISONS[key] for key in ("linear small", "linear", "linear large")], results, pyplot
+        ),
+        "drift": drift_figure(results, pyplot),
+        "landscape": landscape_figure(results, pyplot),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"why_{name}.png")
+        figure.savefig(paths[-1], dpi=90)
+        pyplot.close(figure)
+    return paths
