@@ -162,44 +162,27 @@ def _regular(dtype: str) -> Iterator[Configuration]:
         yield Configuration(shape, layout, dtype, family, _TRAIN_AND_EVAL, quick=quick and dtype != "float16")
 
 
+_BACKWARD = ("backward", "forward+backward")
+_PLAIN, _WITH_RELU = ("plain",), ("plain", "relu")
+# (shape, layout, family, passes, fusions, layout of grad_y, in the quick run): where torch 2.13 on a CPU falls far
+# below its own usual speed, or a new kernel easily might. All are float32.
+_CLIFFS: tuple[tuple[tuple[int, ...], str, str, tuple[str, ...], tuple[str, ...], str, bool], ...] = (
+    ((32, 3, 224, 224), "channels_last", FEW, _TRAIN_AND_EVAL, _WITH_RELU, "like x", False),
+    ((16, 2, 256, 256), "channels_last", FEW, _TRAIN_AND_EVAL, _WITH_RELU, "like x", True),
+    ((8, 12, 112, 112), "channels_last", FEW, _TRAIN_AND_EVAL, _WITH_RELU, "like x", True),
+    ((8, 512, 28, 28), "channels_last", MIXED, _BACKWARD, _PLAIN, "contiguous", True),
+    ((8, 512, 28, 28), "NCHW", MIXED, _BACKWARD, _PLAIN, "channels_last", True),
+    ((16, 256, 1024), "NLC view", MIXED, ("forward", *_BACKWARD), _PLAIN, "like x", True),
+    ((8, 512, 28, 28), "NCHW", EXPANDED, _BACKWARD, _PLAIN, "expanded", False),
+    ((8, 512, 28, 28), "channels_last", EXPANDED, _BACKWARD, _PLAIN, "expanded", False),
+    ((16, 64, 112, 112), "NCHW", LARGE, ("forward", "backward", "eval"), _WITH_RELU, "like x", False),
+    ((16, 64, 112, 112), "channels_last", LARGE, ("forward", "backward", "eval"), _WITH_RELU, "like x", False),
+)
+
+
 def _cliffs() -> Iterator[Configuration]:
-    """Where torch 2.13 on CPU falls far below its own usual speed, or a new kernel easily might."""
-    for shape, quick in (((32, 3, 224, 224), False), ((16, 2, 256, 256), True), ((8, 12, 112, 112), True)):
-        yield Configuration(shape, "channels_last", "float32", FEW, _TRAIN_AND_EVAL, ("plain", "relu"), quick=quick)
-    for layout, grad_y in (("channels_last", "contiguous"), ("NCHW", "channels_last")):
-        yield Configuration(
-            (8, 512, 28, 28),
-            layout,
-            "float32",
-            MIXED,
-            ("backward", "forward+backward"),
-            ("plain",),
-            grad_y=grad_y,
-            quick=True,
-        )
-    yield Configuration(
-        (16, 256, 1024),
-        "NLC view",
-        "float32",
-        MIXED,
-        ("forward", "backward", "forward+backward"),
-        ("plain",),
-        quick=True,
-    )
-    for layout in ("NCHW", "channels_last"):
-        yield Configuration(
-            (8, 512, 28, 28),
-            layout,
-            "float32",
-            EXPANDED,
-            ("backward", "forward+backward"),
-            ("plain",),
-            grad_y="expanded",
-        )
-    for layout in ("NCHW", "channels_last"):
-        yield Configuration(
-            (16, 64, 112, 112), layout, "float32", LARGE, ("forward", "backward", "eval"), ("plain", "relu")
-        )
+    for shape, layout, family, passes, fusions, grad_y, quick in _CLIFFS:
+        yield Configuration(shape, layout, "float32", family, passes, fusions, grad_y=grad_y, quick=quick)
 
 
 def _chains() -> Iterator[Configuration]:

@@ -57,12 +57,12 @@ class Cluster:
 
 
 def gather_bytes(channels: int) -> int:
-    """What a rank sends forward: three values a channel, and two for the count, in float32."""
+    """What a rank sends forward: three values for each channel, and two for the count, in float32."""
     return 4 * (3 * channels + 2)
 
 
 def reduce_bytes(channels: int) -> int:
-    """What is added up backward: two sums, in float64."""
+    """What a rank adds up backward: two sums for each channel, in float64."""
     return 16 * channels
 
 
@@ -70,13 +70,13 @@ def reduce_bytes(channels: int) -> int:
 
 
 def ring_gather(groups: Ranks, size: float) -> Iterator[Round]:
-    """Everybody hands on to the next what came last: what Gloo and NCCL do."""
+    """Each rank hands on to the next one what it received last. Gloo and NCCL do that."""
     for _ in range(groups.shape[1] - 1):
         yield groups, np.roll(groups, -1, axis=1), size
 
 
 def log_gather(groups: Ranks, size: float) -> Iterator[Round]:
-    """Bruck's: all that one has goes 1, 2, 4, ... ranks back. As few rounds as can be, for any number of ranks."""
+    """Bruck's: a rank sends all that it has 1, 2, 4, ... ranks back. The fewest rounds, for any number of ranks."""
     ranks, distance = groups.shape[1], 1
     while distance < ranks:
         yield groups, np.roll(groups, distance, axis=1), size * min(distance, ranks - distance)
@@ -160,9 +160,9 @@ def _reduce(cluster: Cluster, name: str, ranks: int, size: float, crossing: bool
 def predict(cluster: Cluster, schedule: str, size: float, hierarchical: bool = False) -> float:
     """Seconds of a collective of ``size`` bytes from each rank; ranks must fill their nodes, nodes of a power of two.
 
-    A ring is as fast as its slowest link: ``(p - 1) (latency + size / bandwidth)``. What a hierarchy saves is that only
-    ``nodes - 1`` of its messages are as slow as that, and that in a gather what crosses is one node's share for each
-    node instead of one rank's for each rank; it costs that all ranks of a node cross at once, and share its cards.
+    A ring is as fast as its slowest link: ``(p - 1) (latency + size / bandwidth)``. A hierarchy saves time because only
+    ``nodes - 1`` of its messages are that slow. In a gather, also, one node's share crosses for each node, instead of
+    one rank's share for each rank. But all ranks of a node cross at the same time, and share its cards.
     """
     name, kind = schedule.split()
     inner = min(cluster.node, cluster.ranks)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Saved(NamedTuple):
-    """Bytes that live until the backward: of the inputs, of the output, and of neither.
+    """Bytes that live until the backward: those of the inputs, those of the output, and all others.
 
     Inputs and output are often alive anyway, because the neighbouring layers keep them too; the rest never is.
     """
@@ -25,11 +25,11 @@ class Saved(NamedTuple):
 
 
 def saved_for_backward(forward: Callable[[], Tensor], inputs: Iterable[Tensor] = ()) -> Saved:
-    """The memory that ``forward`` leaves in its graph, at its end: when a layer's is largest.
+    """The memory that ``forward`` leaves in its graph when it ends, which is when a layer keeps the most.
 
-    A tensor's whole storage counts, whatever part of it is looked at, for that is what stays allocated.
+    A tensor's whole storage counts, even if only a part of it is used, because the whole stays allocated.
     """
-    storages: dict[int, torch.UntypedStorage] = {}  # they live as long as this: no address is given out twice
+    storages: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that no address is given out twice
 
     def keep(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

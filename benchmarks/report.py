@@ -116,7 +116,7 @@ def cell_table(title: str, results: Sequence[CellResult]) -> Table:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """A group of cells against one peer at one number of threads, beside its target."""
+    """A group of cells against one peer at one number of threads, with its target."""
 
     peer: str
     group: tuple[str, str, str]

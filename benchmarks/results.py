@@ -60,7 +60,7 @@ class CellResult:
         return self.peers[peer].ratio if peer in self.peers else None
 
     def speed(self, name: str) -> float | None:
-        """Of that of a copy, for bnfused or a peer."""
+        """The bandwidth of bnfused or of a peer, relative to that of a copy."""
         if name == OURS:
             return self.copy_speed
         return self.peers[name].copy_speed if name in self.peers else None

@@ -1,8 +1,9 @@
-"""What synchronized batch norm costs a step: time, collectives, bytes; and that its results are those of one process.
+"""What synchronized batch norm costs a step (time, collectives, bytes), and whether it computes what one process does.
 
-``torchrun --nproc-per-node 2 benchmarks/sync.py``, on CPUs with Gloo, on GPUs with NCCL. Beside SyncBatchNorm: the same
-without other processes; with ``--hierarchy K``, the same in a hierarchy; and torch's SyncBatchNorm where it runs, which
-on the CPU it does not. Exits non-zero where a result is not that of ``torch.nn`` on the joint batch in float64.
+``torchrun --nproc-per-node 2 benchmarks/sync.py`` runs on CPUs with Gloo and on GPUs with NCCL. It compares
+SyncBatchNorm with a batch norm without other processes, with SyncBatchNorm in a hierarchy (``--hierarchy K``), and on
+GPUs with torch's SyncBatchNorm, which does not run on a CPU. It exits non-zero if a result differs from that of
+``torch.nn`` on the joint batch in float64.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bnfused
 from benchmarks.environment import describe_environment
 
-# Of a rank's batch.
+# The shapes of a rank's batch.
 SHAPES = ((8, 64, 56, 56), (8, 256, 28, 28), (8, 2048, 7, 7), (2, 512, 14, 14))
 # float32 results of sums of up to 10^5 values, accumulated in float64: some roundings of y and grad_x, both about 1.
 TOLERANCE = 1e-5
@@ -60,7 +61,7 @@ def step(module: nn.Module, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_of(shape: tuple[int, ...], rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x and grad_y of a rank, which any rank can draw; with a mean that is not 0, and not the same for each."""
+    """x and grad_y of a rank, which any rank can draw. The mean is another one on each rank."""
     generator = torch.Generator().manual_seed(rank)
     x, grad_y = torch.randn(shape, generator=generator) + rank, torch.randn(shape, generator=generator)
     return x.to(device), grad_y.to(device)

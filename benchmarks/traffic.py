@@ -4,8 +4,8 @@ Nothing is measured and no GPU is needed. bnfused's bytes and launches are those
 (csrc/plan.h), for a GPU whose limits are known (``bnfused.explanation.DEVICES``). Torch's and Apex's are counted from
 their sources: every op reads its inputs and writes its output, and Apex's persistent kernels (contrib/groupbn) keep as
 many pixels as they have registers and shared memory for. A time is bytes at the bandwidth of the data sheet, and a
-launch costs LAUNCH_SECONDS; what the L2 cache serves is not taken off anybody's bytes, and what blocks wait for each
-other, in clusters or through memory, costs nothing.
+launch costs LAUNCH_SECONDS. Bytes that the L2 cache serves are counted for everybody, and the time that blocks wait for
+each other, in clusters or through memory, is not counted.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a forward and its backward."""
+    """What a forward and its backward move and launch, together."""
 
     bytes: float
     launches: int
@@ -94,7 +94,7 @@ def densenet121() -> Iterator[Layer]:
 
 
 def unet() -> Iterator[Layer]:
-    """Of images of 256 x 256, two convolutions a level, down and up."""
+    """For images of 256 x 256, with two convolutions at each level, on the way down and on the way up."""
     for level in range(5):
         yield Layer(64 << level, 256 >> level, RELU, 2 if level == 4 else 4)
 

@@ -116,7 +116,7 @@ class Trainee:
         self.times.append(StepTime(timed.seconds, timed.clean, None if timer is None else timer.seconds))
 
     def gradient(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Of all parameters, as one float64 vector. The network stays as it is."""
+        """The gradient of all parameters as one float64 vector. The network stays as it is."""
         model = Trainee(copy.deepcopy(self.network), self.dtype)
         grads = torch.autograd.grad(model.loss(images, labels), list(model.network.parameters()))
         return torch.cat([grad.double().flatten() for grad in grads])
@@ -217,7 +217,7 @@ def train(options: argparse.Namespace, clock: CpuClock, console: Console) -> Tra
             for number in range(total):
                 images, labels, rate = batch(number)
                 time_sites = number // 2 % SITE_STEPS == SITE_STEPS - 1
-                # Who goes first finds other data in the cache than who goes second, so they take turns.
+                # The first of the two finds other data in the cache than the second, so they take turns.
                 for name in IMPLEMENTATIONS if number % 2 else IMPLEMENTATIONS[::-1]:
                     trainees[name].timed_step(images, labels, rate, clock, time_sites)
                 text = f"epoch {number // steps + 1}"

@@ -4,9 +4,9 @@
 of each batch, shares being uneven; the first one then trains the same network on whole batches with bnfused's own
 BatchNorm2d, compares, and exits non-zero where the two differ.
 
-Sums in another order round differently, and training makes much of that: a value next to a ReLU's kink lands on its
-other side. How much, a third training shows: in one process too, but with one weight changed by one rounding at the
-start. In float32 that one drifts from the first as far as the run on several processes does.
+Sums in another order round differently, and training amplifies that: a value next to a ReLU's kink lands on its other
+side. A third training shows by how much. It runs in one process too, but starts with one weight changed by one
+rounding. In float32 it drifts from the first one as far as the run on several processes does.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bnfused
 
-# Of the largest value of each parameter and statistic, after so many steps. A step rounds a few times, by 1e-16 and by
-# 6e-8; float32 is compared before it has drifted.
+# After how many steps the trainings are compared, and the largest difference that is allowed, relative to the largest
+# value of each parameter and statistic. A step rounds a few times, by 1e-16 or by 6e-8; float32 is compared before it
+# has drifted.
 ALLOWED = {torch.float64: (120, 1e-9), torch.float32: (10, 1e-5)}
 SHOWN = (1, 4, 10, 30, 60, 120)
 
@@ -56,7 +57,7 @@ def train(
 
 
 def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest, of the largest value of its tensor."""
+    """The largest difference, relative to the largest value of its tensor."""
     pairs = zip(found.values(), wanted.values(), strict=True)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 

@@ -162,7 +162,7 @@ def batches(network: Network, seed: int, steps: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """Of the test images, by the running statistics."""
+    """The accuracy on the test images, with the running statistics."""
     model.eval()
     right = model(digits().test_images).argmax(1) == digits().test_labels
     model.train()

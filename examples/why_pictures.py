@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -97,6 +98,7 @@ def landscape_table(results: Results) -> str:
     def both(traces: Sequence[Trace], values: Callable[[Trace], Sequence[float]]) -> str:
         return " / ".join(f"{median_of(traces, values, learning):.2g}" for learning in (True, False))
 
+    pairs = functools.partial(zip, strict=True)
     rows = [["", "", "loss variation", "relative to the loss", "gradient change", "relative to \\|g\\|", "beta"]]
     for comparison in (COMPARISONS["vgg"], COMPARISONS["mlp"]):
         for variant, traces in results.of(comparison).items():
@@ -105,19 +107,9 @@ def landscape_table(results: Results) -> str:
                     f"{comparison.network.title}, rate {comparison.rates[variant]:g}",
                     variant.name,
                     both(traces, lambda one: [high - low for low, high in one.loss_ranges]),
-                    both(
-                        traces,
-                        lambda one: [
-                            (high - low) / loss for (low, high), loss in zip(one.loss_ranges, one.losses, strict=True)
-                        ],
-                    ),
+                    both(traces, lambda one: [(b - a) / loss for (a, b), loss in pairs(one.loss_ranges, one.losses)]),
                     both(traces, lambda one: [high for _, high in one.change_ranges]),
-                    both(
-                        traces,
-                        lambda one: [
-                            high / norm for (_, high), norm in zip(one.change_ranges, one.gradient_norms, strict=True)
-                        ],
-                    ),
+                    both(traces, lambda one: [b / g for (_, b), g in pairs(one.change_ranges, one.gradient_norms)]),
                     both(traces, lambda one: one.smoothnesses),
                 ]
             )
@@ -193,6 +185,18 @@ def speed_figure(results: Results, pyplot: Any) -> Any:
     return figure
 
 
+def share_limits(row: Sequence[Any]) -> None:
+    limits = [axes.get_ylim() for axes in row]
+    for axes in row:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def caption(axes: Any, comparison: Comparison, x: float) -> None:
+    """The name of a row of axes, left of its first."""
+    text = f"{comparison.network.title}, rate {comparison.rates[PLAIN]:g}"
+    axes.annotate(text, (x, 0.5), xycoords="axes fraction", rotation=90, va="center", ha="right")
+
+
 def shift_figure(comparisons: Sequence[Comparison], results: Results, pyplot: Any) -> Any:
     """Distance and cosine of the gradients of every layer over training; a column for each comparison."""
     network = comparisons[0].network
@@ -230,10 +234,7 @@ def shift_figure(comparisons: Sequence[Comparison], results: Results, pyplot: An
         column[0].grid(alpha=0.3)
         column[-1].set_xlabel("step")
     figure.colorbar(image, ax=grid[1:, -1], label="cosine: 1 same direction, -1 reversed")
-    for row in grid[:1]:
-        limits = [axes.get_ylim() for axes in row]
-        for axes in row:
-            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    share_limits(grid[0])
     figure.suptitle(
         f"{network.title}: a layer's gradient before (G) and after (G') the layers before it step (first seed)",
         fontsize=11,
@@ -247,7 +248,6 @@ def drift_figure(results: Results, pyplot: Any) -> Any:
     figure, rows = pyplot.subplots(2, 4, figsize=(16, 7.5), layout="constrained")
     for row, key in zip(rows, ("vgg", "mlp"), strict=True):
         comparison = COMPARISONS[key]
-        rate = comparison.rates[PLAIN]
         for axes, variant in zip(row, shown, strict=False):
             traces = results.of(comparison)[variant]
             low, middle, high = zip(*traces[0].unit, strict=True)
@@ -262,20 +262,11 @@ def drift_figure(results: Results, pyplot: Any) -> Any:
         low, high = row[3].get_ylim()
         row[3].set_ylim(low / 4, high)  # room for the legend
         row[3].legend(fontsize=8, loc="lower left")
-        limits = [axes.get_ylim() for axes in row[:3]]
-        for axes in row[:3]:
-            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        share_limits(row[:3])
         row[0].legend(fontsize=8, loc="lower right")
         for axes in row:
             axes.grid(alpha=0.3)
-        row[0].annotate(
-            f"{comparison.network.title}, rate {rate:g}",
-            (-0.22, 0.5),
-            xycoords="axes fraction",
-            rotation=90,
-            va="center",
-            ha="right",
-        )
+        caption(row[0], comparison, -0.22)
     return figure
 
 
@@ -291,41 +282,32 @@ def landscape_figure(results: Results, pyplot: Any) -> Any:
             def middle(values: Callable[[Trace], Sequence[float]], traces: Sequence[Trace] = traces) -> list[float]:
                 return [statistics.median(at) for at in zip(*map(values, traces), strict=True)]
 
-            low, high = middle(lambda t: [a for a, _ in t.loss_ranges]), middle(lambda t: [b for _, b in t.loss_ranges])
-            row[0].fill_between(steps, low, high, label=variant.name, **style)
+            for axes, kind in zip(row, ("loss_ranges", "change_ranges"), strict=False):
+                low, high = (middle(lambda t, k=kind, i=i: [r[i] for r in getattr(t, k)]) for i in (0, 1))
+                axes.fill_between(steps, low, high, label=variant.name, **style)
             row[0].plot(steps, middle(lambda t: t.losses), c=variant.colour, lw=1)
-            low, high = (
-                middle(lambda t: [a for a, _ in t.change_ranges]),
-                middle(lambda t: [b for _, b in t.change_ranges]),
-            )
-            row[1].fill_between(steps, low, high, label=variant.name, **style)
             parts = middle(lambda t: [b / n for (_, b), n in zip(t.change_ranges, t.gradient_norms, strict=True)])
             row[2].plot(steps, parts, c=variant.colour, label=variant.name)
             row[3].plot(steps, middle(lambda t: t.smoothnesses), c=variant.colour, label=variant.name)
         row[3].axhline(2 / rate, c="grey", lw=1, ls=":", label="2 / rate: the edge of stability")
-        row[0].set_ylabel("loss (line: at the parameters)")
-        row[0].set_title("loss variation: range of the loss\n1/2 to 4 gradient steps ahead", fontsize=9)
-        row[1].set_ylabel("|change of gradient|")
-        row[1].set_title("gradient predictiveness: range of the\nchange of the gradient (less is better)", fontsize=9)
-        row[2].set_ylabel("|change of gradient| / |gradient|")
-        row[2].set_title("the largest change,\nin units of the gradient", fontsize=9)
-        row[3].set_ylabel("beta")
-        row[3].set_title("effective beta-smoothness\n(less is smoother)", fontsize=9)
-        for axes in row:
-            axes.set_xlabel("step")
+        titles = (
+            ("loss (line: at the parameters)", "loss variation: range of the loss\n1/2 to 4 gradient steps ahead"),
+            (
+                "|change of gradient|",
+                "gradient predictiveness: range of the\nchange of the gradient (less is better)",
+            ),
+            ("|change of gradient| / |gradient|", "the largest change,\nin units of the gradient"),
+            ("beta", "effective beta-smoothness\n(less is smoother)"),
+        )
+        for axes, (label, title) in zip(row, titles, strict=True):
+            axes.set(xlabel="step", ylabel=label)
+            axes.set_title(title, fontsize=9)
             axes.grid(alpha=0.3)
         for axes in row[:2]:
             axes.set_yscale("log")
         for axes in row[2:]:
             axes.set_ylim(bottom=0)
-        row[0].annotate(
-            f"{comparison.network.title}, rate {rate:g}",
-            (-0.2, 0.5),
-            xycoords="axes fraction",
-            rotation=90,
-            va="center",
-            ha="right",
-        )
+        caption(row[0], comparison, -0.2)
     figure.legend(*rows[0][3].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=4)
     return figure
 
