@@ -314,12 +314,10 @@ PATH = re.compile(r"(?:bnfused|csrc|tests|benchmarks|examples|docs|\.ci)/[\w.*/-
 
 
 def paths_of(page: str) -> list[str]:
-    """The paths of files and folders that a page names, in backticks or at the start of a line of a block."""
+    """The paths of files and folders that a page names, in backticks or in a block that is not Python or C++."""
+    blocks = "\n".join(re.findall(r"^```(?:bash)?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
     quoted = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL))
-    first = re.findall(
-        r"^(\S+)", "\n".join(re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)), re.MULTILINE
-    )
-    return [text.partition("::")[0] for text in (*quoted, *first) if PATH.fullmatch(text.partition("::")[0])]
+    return [word for text in (*quoted, blocks) for word in re.split(r"[\s,;:()]+", text) if PATH.fullmatch(word)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -351,9 +349,10 @@ def test_code_shown_in_the_docs_is_the_code():
 
 
 def test_paths_are_found():
-    """In text and in the list of layers, but neither in the Python of a page nor with a variable part."""
-    page = "See `csrc/plan.h` and `tests/a.py::test_b`, `x/y`.\n\n```\nbnfused/ops.py   ops\n  docs/no.md\n```\n"
-    assert paths_of(page + "\n```python\nbnfused/no.py\n```\n") == ["csrc/plan.h", "tests/a.py", "bnfused/ops.py"]
+    """In text, in commands and in the list of layers, but not in the Python of a page."""
+    page = "See `csrc/plan.h` and `python tests/a.py::test_b`, `x/y`.\n\n```\nbnfused/ops.py   as docs/no.md, x\n```\n"
+    page += "\n```python\nbnfused/no.py\n```\n\n```bash\npython examples/c.py --json\n```\n"
+    assert paths_of(page) == ["csrc/plan.h", "tests/a.py", "bnfused/ops.py", "docs/no.md", "examples/c.py"]
 
 
 def functions_of(path: Path) -> set[str]:
