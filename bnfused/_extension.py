@@ -208,9 +208,9 @@ def warn_once(message: str) -> None:
 
 
 def _is_inside(frame: FrameType) -> bool:
-    """Whether the code is bnfused's, what ``bnfused.blocks`` generated included, or torch's, which calls a forward."""
+    """Whether the code is bnfused's, or torch's, which calls a forward."""
     package = str(frame.f_globals.get("__name__")).split(".")[0]
-    return package in ("bnfused", "torch") or frame.f_code.co_filename.startswith("<bnfused: ")
+    return package in ("bnfused", "torch")
 
 
 # Dynamo, which cannot trace a warning, then runs this while it compiles. torch.compiler.assume_constant_result does the

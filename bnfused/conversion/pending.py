@@ -1,0 +1,281 @@
+"""What a rewritten forward calls: helpers that let a batch norm wait for what follows it, and run both as one op.
+
+Each call looks at the modules that are there. Where one has hooks, was replaced, drops values or is no activation that
+``batch_norm`` knows, they run one after the other as ever.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from bnfused.conversion.facts import (
+    ADDITIONS,
+    NORMALIZE,
+    SYNCHRONIZE,
+    NameAndParam,
+    activation_call,
+    activation_method,
+    activation_of,
+    class_forward,
+    fits,
+    is_bare,
+    is_sequence,
+    is_transparent,
+    module_of_method,
+)
+
+_tracing_state = torch._C._get_tracing_state
+_WAITING, _DONE, _TAKEN = range(3)
+
+
+class Pending:
+    """A batch norm, perhaps with an add, that was called and has not run yet.
+
+    ``function(x, residual, activation, activation_param)`` runs it. Once it is ``_DONE``, ``output`` has its result,
+    which ``is_own`` as long as nobody else was given it. One that is ``_TAKEN`` became a part of another one.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], x: Any, residual: Any = None) -> None:
+        self.module = module
+        self.function = function
+        self.x = x
+        self.residual = residual
+        self.output: Any = None
+        self.state = _WAITING
+        self.is_own = True
+
+
+class FusedForward:
+    """Hides the forward of a module's class, as an attribute of the module; it is copied and pickled with it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return EXECUTION.force(self.run(args, kwargs, EXECUTION))
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module's class."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], on: Execution) -> Any:
+        """What ``original`` returns, or a ``Pending`` that stands for it."""
+        raise NotImplementedError
+
+    def ends_in_batch_norm(self) -> bool:
+        """Whether ``run`` may return a ``Pending``."""
+        raise NotImplementedError
+
+    def twin_of(self, function: Any) -> Any:
+        """The rewritten twin of a method of the module, which may return a ``Pending`` too; None if it has none."""
+        return None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(type(self.module).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the forward that this one stands for: torch.export names its line."""
+        return type(self.module).forward.__code__
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """Missing on purpose. torch.jit.script looks for it first, and would find the globals of this file."""
+        raise AttributeError(
+            f"torch.jit.script: expected the forward of {type(self.module).__name__} itself, got the one that "
+            "bnfused.convert put before it; script bnfused.revert(model)"
+        )
+
+
+class Execution:
+    """The helpers, each of which stands in a rewritten function where a call, an add or a method call stood."""
+
+    # ------------------------------------------------------------------ what the report does in another way
+
+    def compute(self, pending: Pending, activation: str | None = None, param: float | None = None) -> Any:
+        """The output of the op."""
+        return pending.function(pending.x, pending.residual, activation, param)
+
+    def plain(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that nothing is known of."""
+        return function(*args, **kwargs)
+
+    def attribute(self, value: Any, name: str) -> Any:
+        return getattr(value, name)
+
+    def fits(self, residual: Any, pending: Pending) -> bool:
+        return fits(residual, pending.x)
+
+    def note(self, pending: Pending, why: Any) -> None:
+        """Why the batch norm is run alone."""
+
+    def run_forward(self, forward: FusedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return forward.run(args, kwargs, self)
+
+    def run_method(self, module: nn.Module, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A method of a module, rewritten if that module's forward is."""
+        forward = module.__dict__.get("forward")
+        twin = forward.twin_of(function.__func__) if isinstance(forward, FusedForward) else None
+        return self.plain(function, args, kwargs) if twin is None else twin(module, *args, **kwargs)
+
+    # ---------------------------------------------------------------------------------------- the helpers
+
+    def force(self, value: Any, why: Any = "") -> Any:
+        """The tensor that a value stands for, which others may hold from now on."""
+        if type(value) is not Pending:
+            return value
+        self._settle(value, why)
+        value.is_own = False
+        return value.output
+
+    def _settle(self, pending: Pending, why: Any) -> None:
+        if pending.state == _WAITING:
+            self.note(pending, why)
+            pending.output = self.compute(pending)
+            pending.state = _DONE
+            pending.x = pending.residual = None
+
+    def _finish(self, pending: Pending, activation: NameAndParam) -> Any:
+        """The batch norm with its activation."""
+        pending.state = _TAKEN
+        return self.compute(pending, *activation)
+
+    def call(self, function: Any, value: Any) -> Any:
+        """``function(value)``."""
+        if isinstance(function, nn.Module):
+            return self.call_module(function, value)
+        if type(value) is Pending:
+            if value.state == _WAITING:
+                activation = activation_call(function, (), {})
+                if activation is not None:
+                    return self._finish(value, activation)
+            value = self.force(value, function)
+        module = module_of_method(function)
+        if module is not None:
+            return self.run_method(module, function, (value,), {})
+        return self.plain(function, (value,), {})
+
+    def call_module(self, module: nn.Module, value: Any) -> Any:
+        """``module(value)``."""
+        if type(value) is Pending:
+            if value.state == _WAITING:
+                activation = activation_of(module)
+                if activation is not None:
+                    return self._finish(value, activation)
+                if is_transparent(module):
+                    return value
+            value = self.force(value, module)
+        if is_bare(module):
+            forward = module.__dict__.get("forward")
+            if forward is None:
+                found = class_forward(module)
+                if found is NORMALIZE or found is SYNCHRONIZE:
+                    # The forward of a bare module takes two thirds of the time of its call, which a recording needs.
+                    recorded = is_compiling() or _tracing_state() is not None
+                    return Pending(module, module if recorded else module.forward, value)
+                if is_sequence(module):
+                    return self.sequence(module, value)
+            elif isinstance(forward, FusedForward):
+                return self.run_forward(forward, (value,), {})
+        return self.plain(module, (value,), {})
+
+    def sequence(self, module: nn.Module, value: Any) -> Any:
+        """The children of a ``Sequential``, one after the other."""
+        for child in module._modules.values():
+            value = self.call_module(child, value)  # type: ignore[arg-type]
+        return value
+
+    def call_with(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)``."""
+        if args and type(args[0]) is Pending and args[0].state == _WAITING:
+            activation = activation_call(function, args[1:], kwargs)
+            if activation is not None:
+                return self._finish(args[0], activation)
+        if len(args) == 2 and not kwargs and not isinstance(function, nn.Module):
+            if any(function is addition for addition in ADDITIONS):
+                return self.add(*args, function)
+            if function is operator.iadd:
+                return self.iadd(*args)
+        if isinstance(function, nn.Module) and len(args) == 1 and not kwargs:
+            return self.call_module(function, args[0])
+        args = tuple([self.force(value, function) for value in args])
+        kwargs = {name: self.force(value, function) for name, value in kwargs.items()}
+        if isinstance(function, nn.Module):
+            forward = function.__dict__.get("forward")
+            if isinstance(forward, FusedForward) and is_bare(function):
+                return self.run_forward(forward, args, kwargs)
+            return self.plain(function, args, kwargs)
+        module = module_of_method(function)
+        if module is not None:
+            return self.run_method(module, function, args, kwargs)
+        return self.plain(function, args, kwargs)
+
+    def beside(self, waiting: tuple[Any, ...], why: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)`` while other batch norms may be waiting."""
+        if not (isinstance(function, nn.Module) and len(args) == 1 and not kwargs and is_transparent(function)):
+            for value in waiting:
+                if type(value) is Pending:
+                    self._settle(value, why)
+        return self.call_with(function, *args, **kwargs)
+
+    def add(self, a: Any, b: Any, function: Callable[[Any, Any], Any] = operator.add) -> Any:
+        """``a + b``."""
+        if type(b) is Pending and b.state == _WAITING:
+            a = self.force(a, "followed by add")
+            added = self._add_to(b, a)
+            if added is not None:
+                return added
+        elif type(a) is Pending and a.state == _WAITING:
+            b = self.force(b, "followed by add")
+            added = self._add_to(a, b)
+            if added is not None:
+                return added
+        return self.plain(function, (self.force(a, "followed by add"), self.force(b, "followed by add")), {})
+
+    def _add_to(self, pending: Pending, residual: Any) -> Pending | None:
+        if pending.residual is not None or not self.fits(residual, pending):
+            return None
+        pending.state = _TAKEN
+        return Pending(pending.module, pending.function, pending.x, residual)
+
+    def iadd(self, a: Any, b: Any) -> Any:
+        """``a += b`` for a variable that may hold a ``Pending``: then nobody else has what is overwritten."""
+        if type(a) is Pending and a.state == _WAITING:
+            b = self.force(b, "followed by add")
+            added = self._add_to(a, b)
+            if added is not None:
+                return added
+        elif type(a) is Pending and a.is_own and type(b) is Pending and b.state == _WAITING:
+            added = self._add_to(b, a.output)
+            if added is not None:
+                return added
+        a = self.force(a, "followed by add")
+        return self.plain(operator.iadd, (a, self.force(b, "something is changed in place by adding its output")), {})
+
+    def method(self, waiting: tuple[Any, ...], name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """``value.name(*args, **kwargs)`` while other batch norms may be waiting."""
+        for other in waiting:
+            if type(other) is Pending:
+                self._settle(other, f"{name} runs before its output is used")
+        if type(value) is Pending:
+            if not args and not kwargs and value.state == _WAITING:
+                activation = activation_method(name)
+                if activation is not None:
+                    return self._finish(value, activation)
+            if len(args) == 1 and not kwargs and name in ("add", "add_"):
+                return self.add(value, args[0], Tensor.add) if name == "add" else self.iadd(value, args[0])
+            value = self.force(value, f"followed by {name}")
+        return self.call_with(self.attribute(value, name), *args, **kwargs)
+
+
+EXECUTION = Execution()

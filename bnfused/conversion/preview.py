@@ -1,0 +1,368 @@
+"""What the helpers of a rewritten forward would decide, found out without running anything of the user's.
+
+The tree that was compiled is interpreted with the modules that are there. An expression that only looks at modules,
+constants and settings has its value; every other one is ``UNKNOWN``. A branch that depends on such a value is gone both
+ways. What is unknown is taken for a tensor of the shape, the dtype and the layout that fit.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterable
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, _jit_internal, nn
+
+from bnfused.conversion.pending import Execution, FusedForward, Pending
+from bnfused.conversion.rewriting import HELPERS, PREFIX
+
+
+class _Unknown:
+    """A value that only a call can tell."""
+
+
+UNKNOWN = _Unknown()
+
+Note = Callable[[nn.Module, str, Any], None]
+
+
+class Preview(Execution):
+    """Computes nothing. ``note(batch norm, what is fused with it, why it is not more)`` is told of each op."""
+
+    def __init__(self, note: Note, is_ours: Callable[[nn.Module], bool]) -> None:
+        self._note = note
+        self._is_ours = is_ours
+
+    def compute(self, pending: Pending, activation: str | None = None, param: float | None = None) -> Any:
+        if activation is not None:
+            self._note(pending.module, ("+add" if pending.residual is not None else "") + f"+{activation}", "")
+        return UNKNOWN
+
+    def note(self, pending: Pending, why: Any) -> None:
+        self._note(pending.module, "+add" if pending.residual is not None else "", why)
+
+    def plain(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        if isinstance(function, nn.Module) and self._is_ours(function):
+            self._note(function, "", function)
+        elif isinstance(module, nn.Module) and getattr(function, "__name__", "") == "normalize":
+            self._note(module, "", "it is called with more than its input")
+        return UNKNOWN
+
+    def attribute(self, value: Any, name: str) -> Any:
+        return attribute(value, name)
+
+    def fits(self, residual: Any, pending: Pending) -> bool:
+        return residual is UNKNOWN
+
+    def run_forward(self, forward: FusedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        twins = getattr(forward, "twins", None)
+        if twins is None:
+            return forward.run(args, kwargs, self)
+        return self.run_twin(twins.get(type(forward.module).forward), forward.module, args, kwargs)
+
+    def run_method(self, module: nn.Module, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        twins = getattr(module.__dict__.get("forward"), "twins", {})
+        return self.run_twin(twins.get(function.__func__), module, args, kwargs)
+
+    def run_twin(self, twin: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the rewritten function returns."""
+        if twin is None:
+            return UNKNOWN
+        try:
+            bound = inspect.signature(twin.function).bind(module, *args, **kwargs)
+        except TypeError:
+            return UNKNOWN
+        bound.apply_defaults()
+        run = _Run(self, twin.function, dict(bound.arguments))
+        returned = run.block(twin.rewritten.tree.body, run.variables)
+        return returned.value if isinstance(returned, _Returned) else None
+
+
+class _Returned:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+_LEAVES_LOOP = object()
+_FALLS_THROUGH = None
+
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Mod: operator.mod,
+    ast.FloorDiv: operator.floordiv,
+}
+# Functions that only look at what they are given.
+_LOOKING: set[Any] = {isinstance, issubclass, len, range, enumerate, zip, reversed, type, callable}
+_LOOKING |= {bool, int, float, str, list, tuple, max, min, _jit_internal.is_scripting}
+_LOOKING |= {torch.jit.is_tracing}  # type: ignore[attr-defined]
+_LOOKING_METHODS = {"items", "values", "keys", "children"}
+_KNOWN = (type(None), bool, int, float, str, type(...), type, FunctionType, ModuleType, nn.Module)
+_MOST_ROUNDS = 256
+
+
+def _is_known(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_known, value))
+    if isinstance(value, dict):
+        return all(map(_is_known, value.values()))
+    return isinstance(value, (*_KNOWN, range, enumerate, zip, MethodType)) and not isinstance(value, Tensor)
+
+
+class _Run:
+    """One interpreted call of a rewritten function."""
+
+    def __init__(self, preview: Preview, function: FunctionType, variables: dict[str, Any]) -> None:
+        self.preview = preview
+        self.globals = function.__globals__
+        self.variables = variables
+        self.closure = {
+            name: cell.cell_contents
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+            if not name.startswith(PREFIX)
+        }
+
+    # ------------------------------------------------------------------------------------------------- statements
+
+    def block(self, body: Iterable[ast.stmt], variables: dict[str, Any]) -> Any:
+        self.variables = variables
+        for statement in body:
+            end = self.statement(statement)
+            if end is not _FALLS_THROUGH:
+                return end
+        return _FALLS_THROUGH
+
+    def statement(self, s: ast.stmt) -> Any:
+        match s:
+            case ast.Return(value=value):
+                return _Returned(None if value is None else self.value(value))
+            case ast.Raise() | ast.Break() | ast.Continue():
+                return _LEAVES_LOOP
+            case ast.Assign(targets=targets, value=value):
+                assigned = self.value(value)
+                for target in targets:
+                    self.assign(target, assigned)
+            case ast.AnnAssign(target=target, value=ast.expr() as value):
+                self.assign(target, self.value(value))
+            case ast.AugAssign(target=target, value=value):
+                self.value(value)
+                self.assign(target, UNKNOWN)
+            case ast.Expr(value=value):
+                self.value(value)
+            case ast.If(test=test, body=body, orelse=other):
+                return self.either(self.truth(self.value(test)), body, other)
+            case ast.For():
+                return self.loop(s)
+            case ast.While(body=body) | ast.With(body=body):
+                return self.block(body, self.variables)
+            case ast.Try(body=body, finalbody=final):
+                return self.block([*body, *final], self.variables)
+        return _FALLS_THROUGH
+
+    def either(self, truth: bool | None, body: list[ast.stmt], other: list[ast.stmt]) -> Any:
+        if truth is not None:
+            return self.block(body if truth else other, self.variables)
+        before = self.variables
+        ends = [(self.block(branch, _copied(before)), self.variables) for branch in (body, other)]
+        # Go on where control does; a value that both return is the first one's.
+        end, self.variables = next((end for end in ends if end[0] is _FALLS_THROUGH), ends[0])
+        return end
+
+    def loop(self, s: ast.For) -> Any:
+        values = self.value(s.iter)
+        rounds: Iterable[Any] = [UNKNOWN]
+        if (
+            isinstance(values, (tuple, list, range, enumerate, zip, nn.ModuleList, nn.Sequential, nn.ModuleDict))
+            or _is_known(values)
+            and isinstance(values, Iterable)
+        ):
+            rounds = itertools.islice(values, _MOST_ROUNDS)
+        for value in rounds:
+            self.assign(s.target, value)
+            end = self.block(s.body, self.variables)
+            if isinstance(end, _Returned):
+                return end
+        return _FALLS_THROUGH
+
+    def assign(self, target: ast.expr, value: Any) -> None:
+        if isinstance(target, ast.Name):
+            self.variables[target.id] = value
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            known = isinstance(value, (tuple, list)) and len(value) == len(target.elts)
+            for i, element in enumerate(target.elts):
+                self.assign(element, value[i] if known else UNKNOWN)
+
+    # ------------------------------------------------------------------------------------------------ expressions
+
+    def value(self, e: ast.expr) -> Any:
+        match e:
+            case ast.Constant(value=value):
+                return value
+            case ast.Name(id=name):
+                for place in (self.variables, self.closure, self.globals, vars(builtins)):
+                    if name in place:
+                        return place[name]
+                return UNKNOWN
+            case ast.NamedExpr(target=target, value=value):
+                self.assign(target, found := self.value(value))
+                return found
+            case ast.Attribute(value=value, attr=name):
+                return attribute(self.value(value), name)
+            case ast.Call():
+                return self.call(e)
+            case ast.Tuple(elts=elements) | ast.List(elts=elements):
+                return [self.value(element) for element in elements]
+            case ast.Dict(values=values):
+                for element in values:
+                    self.value(element)
+            case ast.Starred(value=value):
+                return self.value(value)
+            case ast.IfExp(test=test, body=body, orelse=other):
+                truth = self.truth(self.value(test))
+                if truth is not None:
+                    return self.value(body if truth else other)
+                first, second = self.value(body), self.value(other)
+                return first if isinstance(first, Pending) else second if isinstance(second, Pending) else UNKNOWN
+            case ast.BoolOp(op=op, values=values):
+                return self.chain(isinstance(op, ast.And), values)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                truth = self.truth(self.value(operand))
+                return UNKNOWN if truth is None else not truth
+            case ast.Compare(left=left, ops=[op], comparators=[right]):
+                return self.compare(type(op), self.value(left), self.value(right))
+            case ast.BinOp(left=left, op=op, right=right):
+                return _computed(_OPERATORS.get(type(op)), self.value(left), self.value(right))
+            case ast.Subscript(value=value, slice=index):
+                return self.element(self.value(value), self.value(index))
+        return UNKNOWN
+
+    def chain(self, is_and: bool, values: list[ast.expr]) -> Any:
+        found: Any = UNKNOWN
+        for value in values:
+            found = self.value(value)
+            truth = self.truth(found)
+            if truth is None:
+                return UNKNOWN
+            if truth is not is_and:
+                return found
+        return found
+
+    def compare(self, op: type, left: Any, right: Any) -> Any:
+        if op in (ast.Is, ast.IsNot) and None in (left, right) and UNKNOWN in (left, right):
+            return op is ast.IsNot  # a tensor is not None
+        return _computed(_OPERATORS.get(op), left, right)
+
+    def truth(self, value: Any) -> bool | None:
+        if isinstance(value, Pending) or not _is_known(value):
+            return None
+        return bool(value)
+
+    def element(self, value: Any, index: Any) -> Any:
+        if isinstance(value, (nn.ModuleList, nn.ModuleDict, nn.Sequential, tuple, list)):
+            return _computed(operator.getitem, value, index)
+        return UNKNOWN
+
+    def call(self, e: ast.Call) -> Any:
+        if isinstance(e.func, ast.Name) and e.func.id == "super" and not e.args:
+            return super(self.closure["__class__"], next(iter(self.variables.values())))
+        function: Any = None
+        if isinstance(e.func, ast.Name) and e.func.id.startswith(PREFIX):
+            name = e.func.id.removeprefix(PREFIX)
+            assert name in HELPERS, name
+            function = getattr(self.preview, name)
+        else:
+            found = self.value(e.func)
+        args: list[Any] = []
+        for argument in e.args:
+            value = self.value(argument)
+            if isinstance(argument, ast.Starred):
+                args += value if isinstance(value, (tuple, list)) else [UNKNOWN]
+            else:
+                args.append(value)
+        kwargs = {k.arg: self.value(k.value) for k in e.keywords if k.arg is not None}
+        if function is not None:
+            return function(*args, **kwargs)
+        return self.looked(found, args, kwargs)
+
+    def looked(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if function is hasattr or function is getattr:
+            if not all(map(_is_known, args)) or not isinstance(args[0], nn.Module):
+                return UNKNOWN
+            missing = args[2] if len(args) == 3 else UNKNOWN
+            has = hasattr(args[0], args[1])
+            return has if function is hasattr else attribute(args[0], args[1]) if has else missing
+        if kwargs or not all(map(_is_known, args)):
+            return UNKNOWN
+        is_method = isinstance(function, MethodType) and isinstance(function.__self__, nn.Module)
+        if is_method and function.__name__ in _LOOKING_METHODS and function.__module__.startswith("torch."):
+            return list(function())
+        try:
+            return _computed(function, *args) if function in _LOOKING else UNKNOWN
+        except TypeError:  # a callable that has no hash
+            return UNKNOWN
+
+
+def _copied(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables with batch norms of their own: what one path does with one is not what another path does."""
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Pending):
+            return value
+        twin = Pending(value.module, value.function, value.x, value.residual)
+        twin.output, twin.state, twin.is_own = value.output, value.state, value.is_own
+        return twin
+
+    return {name: copied(value) for name, value in variables.items()}
+
+
+def _computed(function: Callable[..., Any] | None, *args: Any) -> Any:
+    if function is None or not all(map(_is_known, args)):
+        return UNKNOWN
+    try:
+        return function(*args)
+    except Exception:  # the call itself would raise it
+        return UNKNOWN
+
+
+def attribute(of: Any, name: str) -> Any:
+    """``of.name``, found without calling anything: what a property computes is unknown."""
+    if isinstance(of, super):
+        return getattr(of, name, UNKNOWN)
+    if isinstance(of, ModuleType):
+        return getattr(of, name, UNKNOWN)
+    if isinstance(of, nn.Module):
+        for place in (of.__dict__, of._modules):
+            if name in place:
+                value = place[name]
+                return value if _is_known(value) or isinstance(value, MethodType) else UNKNOWN
+        for store in (of._parameters, of._buffers):
+            if name in store:
+                return None if store[name] is None else UNKNOWN
+        found = inspect.getattr_static(type(of), name, UNKNOWN)
+        if isinstance(found, FunctionType):
+            return MethodType(found, of)
+        if isinstance(found, staticmethod):
+            return found.__func__
+        return found if _is_known(found) else UNKNOWN
+    if isinstance(of, (type, FunctionType)):
+        found = inspect.getattr_static(of, name, UNKNOWN)
+        return found if _is_known(found) else UNKNOWN
+    return UNKNOWN
