@@ -1,16 +1,17 @@
-// Eval forward: the statistics are given, so it is one pass over x, in memory order.
+// Forward with statistics that are given: one pass over x, in memory order.
 #include <cmath>
 
 #include "cpu/backend.h"
-#include "cpu/driver.h"
+#include "cpu/rows.h"
+#include "cpu/short_planes.h"
 
 namespace bnfused::cpu {
 namespace {
 
-// What is kept of `count` channels, at most kChannelsTogether; calls set(channel, coefficients).
+// Writes the statistics of `count` channels, at most kChannelsAtOnce, and calls set(channel, coefficients) for each.
 template <class A, class Set>
 void finish(const ApplyArgs& args, int64_t first, int count, Set set) {
-  double mean[kChannelsTogether], invstd[kChannelsTogether], weight[kChannelsTogether], bias[kChannelsTogether];
+  double mean[kChannelsAtOnce], invstd[kChannelsAtOnce], weight[kChannelsAtOnce], bias[kChannelsAtOnce];
   read(args.running_mean, first, count, 0, mean);
   read(args.running_var, first, count, 1, invstd);
   read(args.weight, first, count, 1, weight);
@@ -22,77 +23,61 @@ void finish(const ApplyArgs& args, int64_t first, int count, Set set) {
 }
 
 template <class T>
-void eval_planes(const ApplyArgs& args) {
+void apply_planes(const ApplyArgs& args, const CpuPlan& plan) {
   using A = Accumulate<T>;
-  const Problem& p = args.problem;
-  const auto apply =
-      best_leaves<T>().apply[int(Layout::kPlanes)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args))];
+  const Problem& p = plan.problem;  // its channels are the planes
+  const int64_t channels = args.problem.channels, parts = plan.parts;
+  const auto apply = best_leaves<T>().apply(Layout::kPlanes, plan.streamed, forward_kind(args));
   // [kind][channel]: consecutive planes are consecutive channels.
-  const auto coefficients = scratch<A>(kForwardCoefficients * p.channels);
-  parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+  const auto coefficients = scratch<A>(kForwardCoefficients * channels);
+  parallel_for(0, channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for_channels(begin, end, [&](int64_t first, int count) {
       finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) {
-        coefficients[kMean * p.channels + c] = a.mean;
-        coefficients[kScale * p.channels + c] = a.scale;
-        coefficients[kShift * p.channels + c] = a.shift;
+        coefficients[kMean * channels + c] = a.mean;
+        coefficients[kScale * channels + c] = a.scale;
+        coefficients[kShift * channels + c] = a.shift;
       });
     });
   });
-  const int64_t mask_plane = (p.inner + 7) / 8;
-  const auto apply_planes = [&](int64_t plane, int64_t count, int64_t begin, int64_t length) {
-    ApplyLoop<T> a = apply_loop<T>(args, plane * p.inner + begin, plane * mask_plane + begin / 8);
-    a.runs = {count, length, p.inner, mask_plane};
-    a.coefficients = coefficients.get() + plane % p.channels;
-    a.coefficient_stride = p.channels;
+  const auto apply_part = [&](int64_t plane, int64_t count, const Part& part) {
+    ApplyLoop<T> a = apply_loop<T>(args, part.first(p, plane), part.first_mask(p, plane));
+    a.runs = {count, part.end - part.begin, p.inner, (p.inner + 7) / 8};
+    a.coefficients = coefficients.get() + plane % channels;
+    a.coefficient_stride = channels;
     a.coefficient_step = 1;
     apply(a);
   };
-  const int64_t planes = p.outer * p.channels;
-  if (planes < at::get_num_threads() && p.numel() >= kSerialValues) {
-    const int64_t parts = at::get_num_threads();
-    parallel_for(0, planes * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Part part = part_of({1, 1, p.inner, p.dtype}, i % parts, parts);
-        apply_planes(i / parts, 1, part.begin, part.end - part.begin);
-      }
-    });
-    return;
-  }
-  parallel_for(0, planes, grain_for(p.inner), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.channels * parts, plan.grain, [&](int64_t begin, int64_t end) {
+    if (parts > 1) {
+      for (int64_t i = begin; i < end; ++i) apply_part(i / parts, 1, part_of(p, i % parts, parts));
+      return;
+    }
     for (int64_t plane = begin; plane < end;) {
-      const int64_t count = std::min(end - plane, p.channels - plane % p.channels);
-      apply_planes(plane, count, 0, p.inner);
+      const int64_t count = std::min(end - plane, channels - plane % channels);
+      apply_part(plane, count, part_of(p, 0, 1));
       plane += count;
     }
   });
 }
 
-// In groups, a sample is not read in one go. float32 in the cache loses more by that than it gains (8 x 2048 x 7 x 7:
-// 95 instead of 70 us); 16-bit values, where vectors cost the most, do not (94 instead of 118), nor does what is
-// streamed.
 template <class T>
-bool gains_in_groups(const ApplyArgs& args) {
-  const Problem p = grouped(args.problem);
-  return args.mask || sizeof(T) == 2 || streams<T>(p, p.inner, {args.y});
-}
-
-template <class T>
-void eval_short_planes(const ApplyArgs& args) {
+void apply_short_planes(const ApplyArgs& args, const CpuPlan& plan) {
   using A = Accumulate<T>;
-  const Problem p = grouped(args.problem);
-  const int64_t inner = args.problem.inner, together = p.inner / inner;
-  const Leaves<T>& leaf = best_leaves<T>();
-  const auto apply = leaf.apply[int(Layout::kRows)][streams<T>(p, p.inner, {args.y})][int(forward_kind(args))];
+  const Problem& p = plan.problem;
+  const int64_t group_channels = plan.group_channels, inner = args.problem.inner;
+  const Leaves<T>& leaves = best_leaves<T>();
+  const auto apply = leaves.apply(Layout::kRows, plan.streamed, forward_kind(args));
   const Part whole = part_of(p, 0, 1);
-  parallel_for(0, p.channels, grain_for(p.values_per_channel()), [&](int64_t begin, int64_t end) {
-    GroupCoefficients<T, Affine<A>> coefficients(together, inner);
+  parallel_for(0, p.channels, plan.grain, [&](int64_t begin, int64_t end) {
+    GroupCoefficients<T, Affine<A>> coefficients(group_channels, inner);
     for (int64_t group = begin; group < end; ++group) {
-      for_channels(group * together, (group + 1) * together, [&](int64_t first, int count) {
-        finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) { coefficients[c - group * together] = a; });
+      const int64_t first_of_group = group * group_channels;
+      for_channels(first_of_group, first_of_group + group_channels, [&](int64_t first, int count) {
+        finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) { coefficients[c - first_of_group] = a; });
       });
-      coefficients.spread(leaf, 0, kForwardCoefficients);
+      coefficients.spread(leaves, 0, kForwardCoefficients);
       ApplyLoop<T> a = apply_loop<T>(args, whole.first(p, group), whole.first_mask(p, group));
-      a.runs = whole.runs(p);
+      a.runs = runs_of(p, whole);
       a.coefficients = coefficients.data();
       a.coefficient_stride = coefficients.stride();
       apply(a);
@@ -101,19 +86,19 @@ void eval_short_planes(const ApplyArgs& args) {
 }
 
 template <class T>
-void eval_rows(const ApplyArgs& args) {
+void apply_rows(const ApplyArgs& args, const CpuPlan& plan) {
   using A = Accumulate<T>;
-  const Problem& p = args.problem;
-  const RowView view = row_view(p, kColumns, args.mask != nullptr);
-  ColumnCoefficients<A> coefficients(view, p.channels, kForwardCoefficients);
-  parallel_for(0, p.channels, kChannelGrain, [&](int64_t begin, int64_t end) {
+  const int64_t channels = plan.problem.channels;
+  ColumnCoefficients<A> coefficients(plan.rows, channels, kForwardCoefficients);
+  parallel_for(0, channels, kChannelGrain, [&](int64_t begin, int64_t end) {
     for_channels(begin, end, [&](int64_t first, int count) {
       finish<A>(args, first, count, [&](int64_t c, const Affine<A>& a) { coefficients.set(c, a); });
       coefficients.repeat(first, count);
     });
   });
-  parallel_for(0, view.rows(), grain_for(view.columns), [&](int64_t begin, int64_t end) {
-    for_rows(view, begin, end, [&](Runs rows, int64_t first) { apply_rows<T>(args, view, coefficients, rows, first); });
+  parallel_for(0, plan.rows.rows(), plan.grain, [&](int64_t begin, int64_t end) {
+    for_rows(plan.rows, begin, end,
+             [&](Runs rows, int64_t first) { write_rows<T>(args, plan, coefficients, rows, first); });
   });
 }
 
@@ -121,16 +106,22 @@ void eval_rows(const ApplyArgs& args) {
 
 void batch_norm_apply(const ApplyArgs& args) {
   const Problem& p = args.problem;
+  const CpuPlan plan = plan_apply(p, forward_request(args), at::get_num_threads());
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     if (p.numel() == 0) {
       for_channels(0, p.channels, [&](int64_t first, int count) {
         finish<Accumulate<T>>(args, first, count, [](int64_t, const Affine<Accumulate<T>>&) {});
       });
-    } else if (has_short_planes(p) && gains_in_groups<T>(args)) {
-      eval_short_planes<T>(args);
-    } else {
-      is_planes(p) ? eval_planes<T>(args) : eval_rows<T>(args);
+      return;
+    }
+    switch (plan.traversal) {
+      case Traversal::kPlanes:
+        return apply_planes<T>(args, plan);
+      case Traversal::kShortPlanes:
+        return apply_short_planes<T>(args, plan);
+      case Traversal::kRows:
+        return apply_rows<T>(args, plan);
     }
   });
 }

@@ -1,4 +1,5 @@
-// The statistics of a whole batch from the moments of its parts, merged in their order; the running statistics moved.
+// Merges the moments of a batch's parts, in their order, into the statistics of the whole batch, and moves the running
+// statistics.
 #include "cpu/backend.h"
 #include "cpu/moments.h"
 

@@ -11,17 +11,19 @@ void batch_norm_stats(const MomentsArgs& args) {
     for (int64_t c = 0; c < p.channels; ++c) write(args.moments, c, Moments{});
     return;
   }
+  const CpuPlan plan = plan_stats(p, at::get_num_threads());
   with_dtype(p.dtype, [&](auto t) {
     const auto* x = static_cast<const decltype(t)*>(args.x);
     const auto keep = [&](int64_t c, const Moments& m) { write(args.moments, c, m); };
-    if (has_short_planes(p)) {
-      for_each_channel_of_groups(p, x, keep);
-    } else if (is_planes(p)) {
-      for_each_channel_of_planes(p, x, parts_per_channel(p), keep);
-    } else {
-      for_each_channel_of_rows(p, x, [&](int64_t first, int count, const double* mean, const double* m2) {
-        for (int i = 0; i < count; ++i) keep(first + i, {double(p.values_per_channel()), mean[i], m2[i]});
-      });
+    switch (plan.traversal) {
+      case Traversal::kPlanes:
+        return for_each_channel_of_planes(plan, x, keep);
+      case Traversal::kShortPlanes:
+        return for_each_channel_of_groups(plan, x, keep);
+      case Traversal::kRows:
+        return for_each_channel_of_rows(plan, x, [&](int64_t first, int count, const double* mean, const double* m2) {
+          for (int i = 0; i < count; ++i) keep(first + i, {double(p.values_per_channel()), mean[i], m2[i]});
+        });
     }
   });
 }

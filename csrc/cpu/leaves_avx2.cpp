@@ -8,9 +8,6 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace bnfused::cpu::avx2 {
-#include "cpu/vec.h"
-// vec.h first: the others are written in its terms.
-#include "cpu/epilogue.h"
 #include "cpu/leaves_impl.h"
 }  // namespace bnfused::cpu::avx2
 #pragma GCC pop_options

@@ -5,14 +5,11 @@
 #include <immintrin.h>
 
 #define BNFUSED_AVX512 1
-// gcc's own intrinsics start from a variable initialised with itself.
+// gcc's own intrinsics start from a variable that is initialised with itself.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace bnfused::cpu::avx512 {
-#include "cpu/vec.h"
-// vec.h first: the others are written in its terms.
-#include "cpu/epilogue.h"
 #include "cpu/leaves_impl.h"
 }  // namespace bnfused::cpu::avx512
 #pragma GCC pop_options

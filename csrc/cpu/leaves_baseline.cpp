@@ -7,8 +7,5 @@
 #endif
 
 namespace bnfused::cpu::baseline {
-#include "cpu/vec.h"
-// vec.h first: the others are written in its terms.
-#include "cpu/epilogue.h"
 #include "cpu/leaves_impl.h"
 }  // namespace bnfused::cpu::baseline

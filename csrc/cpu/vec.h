@@ -123,20 +123,24 @@ struct Wide {
   BNFUSED_INLINE Wide() {
     for (int i = 0; i < kParts; ++i) parts[i] = Vec<double>(0.0);
   }
+#if defined(BNFUSED_AVX512)
   BNFUSED_INLINE explicit Wide(Vec<A> a) {
     if constexpr (std::is_same_v<A, double>) {
       parts[0] = a;
-#if defined(BNFUSED_AVX512)
     } else {
       parts[0] = Vec<double>(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
       parts[1] = Vec<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
     }
+  }
 #else
+  BNFUSED_INLINE explicit Wide(Vec<A> a) {
+    if constexpr (std::is_same_v<A, double>) {
+      parts[0] = a;
     } else {
       parts[0] = Vec<double>(__builtin_convertvector(a.v, typename Vec<double>::Native));
     }
-#endif
   }
+#endif
   BNFUSED_INLINE void operator+=(const Wide& other) {
     for (int i = 0; i < kParts; ++i) parts[i] = parts[i] + other.parts[i];
   }
@@ -210,17 +214,17 @@ BNFUSED_INLINE Half16 narrow(Float16, Vec<float> a) {
   return (Half16)_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-  // Calls: inlined, the bit arithmetic of eight lanes would triple the size of the baseline.
-  __attribute__((noinline)) Vec<float> widen(Float16, Half16 bits) {
-    Vec<float> a;
-    for (int i = 0; i < kLanes<float>; ++i) a.v[i] = c10::detail::fp16_ieee_to_fp32_value(bits[i]);
-    return a;
-  }
-  __attribute__((noinline)) Half16 narrow(Float16, Vec<float> a) {
-    Half16 bits;
-    for (int i = 0; i < kLanes<float>; ++i) bits[i] = c10::detail::fp16_ieee_from_fp32_value(a.v[i]);
-    return bits;
-  }
+// Calls: inlined, the bit arithmetic of eight lanes would triple the size of the baseline.
+__attribute__((noinline)) Vec<float> widen(Float16, Half16 bits) {
+  Vec<float> a;
+  for (int i = 0; i < kLanes<float>; ++i) a.v[i] = c10::detail::fp16_ieee_to_fp32_value(bits[i]);
+  return a;
+}
+__attribute__((noinline)) Half16 narrow(Float16, Vec<float> a) {
+  Half16 bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = c10::detail::fp16_ieee_from_fp32_value(a.v[i]);
+  return bits;
+}
 #endif
 
 // How float32 becomes 16 bits: to nearest, ties to even.
@@ -363,7 +367,7 @@ BNFUSED_INLINE void stream(T* p, Vec<Accumulate<T>> a, Round& round) {
     store(p, a, round);
   }
 #else
-    store(p, a, round);
+  store(p, a, round);
 #endif
 }
 
