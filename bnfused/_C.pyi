@@ -24,6 +24,18 @@ def plan(
     cooperative: bool = True,
     strategy: str | None = None,
 ) -> dict[str, Any]: ...
+def cpu_plan(
+    *,
+    op: str,
+    outer: int,
+    channels: int,
+    inner: int,
+    dtype: int,
+    threads: int,
+    residual: bool = False,
+    mask: bool = False,
+    aligned: bool = True,
+) -> dict[str, Any]: ...
 def merge_plan(*, parts: int, channels: int) -> dict[str, int]: ...
 
 # The ops: csrc/ops/schema.cpp.

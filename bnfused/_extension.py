@@ -108,6 +108,12 @@ def plan(**problem: Any) -> dict[str, Any]:
     return dict(_module.plan(**problem))
 
 
+def cpu_plan(**problem: Any) -> dict[str, Any]:
+    """How the CPU backend would walk a problem: ``csrc/cpu/plan.h``, with the arguments of ``csrc/ops/module.cpp``."""
+    assert _module is not None
+    return dict(_module.cpu_plan(**problem))
+
+
 def merge_plan(*, parts: int, channels: int) -> dict[str, int]:
     """How the CUDA backend would cut the merge of statistics: ``merge_of`` in ``csrc/plan.h``."""
     assert _module is not None

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/leaves.h"
+#include "cpu/plan.h"
 #include "ops/python.h"
 #include "plan.h"
 
@@ -127,6 +128,62 @@ py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, in
                   py::arg("why") = plan.why);
 }
 
+const char* name_of(cpu::Traversal traversal) {
+  switch (traversal) {
+    case cpu::Traversal::kPlanes:
+      return "planes";
+    case cpu::Traversal::kShortPlanes:
+      return "short planes";
+    case cpu::Traversal::kRows:
+      return "rows";
+  }
+  return "";
+}
+
+py::dict describe(const cpu::RowView& view) {
+  py::list tasks;
+  for (int64_t task = 0; task < view.tasks; ++task) tasks.append(py::make_tuple(view.begin(task), view.end(task)));
+  return py::dict(py::arg("columns") = view.columns, py::arg("full_rows") = view.full_rows, py::arg("tail") = view.tail,
+                  py::arg("tasks") = tasks);
+}
+
+// Of each part: the planes from begin to end, and the values of each of them from begin to end.
+py::list describe_parts(const cpu::CpuPlan& plan) {
+  py::list parts;
+  for (int64_t i = 0; i < plan.parts; ++i) {
+    const cpu::Part part = cpu::part_of(plan.problem, i, plan.parts);
+    parts.append(py::make_tuple(part.plane_begin, part.plane_end, part.begin, part.end));
+  }
+  return parts;
+}
+
+// The plan of the CPU backend.
+py::dict cpu_plan_as_dict(const std::string& op, int64_t outer, int64_t channels, int64_t inner, int dtype,
+                          int64_t threads, bool residual, bool mask, bool aligned) {
+  const Problem problem{outer, channels, inner, static_cast<DType>(dtype)};
+  const cpu::CpuRequest request{residual, mask, aligned};
+  cpu::CpuPlan plan;
+  if (op == "stats") {
+    plan = cpu::plan_stats(problem, threads);
+  } else if (op == "train") {
+    plan = cpu::plan_train(problem, request, threads);
+  } else if (op == "apply") {
+    plan = cpu::plan_apply(problem, request, threads);
+  } else if (op == "backward") {
+    plan = cpu::plan_backward(problem, request, threads);
+  } else {
+    throw std::invalid_argument("bnfused: expected op stats, train, apply or backward, got " + op);
+  }
+  return py::dict(
+      py::arg("traversal") = name_of(plan.traversal), py::arg("outer") = plan.problem.outer,
+      py::arg("channels") = plan.problem.channels, py::arg("inner") = plan.problem.inner,
+      py::arg("group_channels") = plan.group_channels, py::arg("most_group_channels") = plan.most_group_channels,
+      py::arg("parts") = describe_parts(plan), py::arg("grain") = plan.grain, py::arg("streamed") = plan.streamed,
+      py::arg("prefetch") = plan.prefetch, py::arg("sum_rows") = describe(plan.sum_rows),
+      py::arg("rows") = describe(plan.rows), py::arg("from_memory") = plan.from_memory, py::arg("strip") = plan.strip,
+      py::arg("piece") = plan.piece, py::arg("passes") = plan.passes, py::arg("why") = plan.why);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -156,6 +213,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("training") = true, py::arg("grad_x") = true, py::arg("grad_residual") = false,
         py::arg("grad_parameters") = true, py::arg("means") = false, py::arg("sm_count"), py::arg("compute_capability"),
         py::arg("shared_per_sm") = 0, py::arg("cooperative") = true, py::arg("strategy") = py::none());
+  m.def("cpu_plan", cpu_plan_as_dict, py::kw_only(), py::arg("op"), py::arg("outer"), py::arg("channels"),
+        py::arg("inner"), py::arg("dtype"), py::arg("threads"), py::arg("residual") = false, py::arg("mask") = false,
+        py::arg("aligned") = true);
   m.def(
       "merge_plan", [](int64_t parts, int64_t channels) { return describe(merge_of(parts, channels)); }, py::kw_only(),
       py::arg("parts"), py::arg("channels"));
