@@ -54,10 +54,6 @@ DEVICES = {
 # The order of enum class DType in csrc/batch_norm.h.
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
-# The CPU backend keeps a channel, or a group of channels of short planes, in a core's second cache between its two
-# passes, where it fits there.
-_CPU_CACHE_BYTES = 1 << 20
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -273,46 +269,37 @@ def _cuda_pass(
 
 def _cpu_pass(x: Tensor, problem: tuple[int, int, int], options: dict[str, bool], *, backward: bool) -> Pass:
     size, mask = _bytes(x), fake.mask_bytes(x) if options["masked"] else 0
-    outer, _, inner = problem
-    together = _channels_together(problem)
+    outer, channels, inner = problem
+    residual, threads = options["residual"], torch.get_num_threads()
     if backward:
-        once = 2 * size + mask + (size if options["residual"] and options["recomputes"] else 0)
-        written = size + (size if options["residual"] else 0)
+        op, residual_read = "backward", residual and options["recomputes"]
+        once = 2 * size + mask + (size if residual_read else 0)
+        more, written = 0, size + (size if residual else 0)
     else:
-        once = size
-        written = size + mask
-    cached = outer * inner * together * x.element_size() * (2 if backward else 1) <= _CPU_CACHE_BYTES
-    if not options["training"] and not backward:
-        passes, why = 1, "the statistics are given: one pass"
-    elif inner == 1:
-        passes, why = 2, "every row has all channels: one pass for the sums, one to apply, the second backwards"
-    else:
-        passes = 1 if cached else 2
-        taken = "a channel" if together == 1 else f"a group of up to {together} channels"
-        found = "its second pass finds it in the cache" if cached else "larger than the cache, it is read twice"
-        why = f"{taken} at a time: {found}"
-    read = passes * once
-    if options["residual"] and not backward:
-        read += size
+        op, residual_read = "train" if options["training"] else "apply", residual
+        once, more, written = size, size if residual else 0, size + mask
+    plan = _extension.cpu_plan(
+        op=op,
+        outer=outer,
+        channels=channels,
+        inner=inner,
+        dtype=_DTYPE_CODES[x.dtype],
+        threads=threads,
+        residual=residual_read,
+        mask=options["masked"],
+    )
+    read, why = plan["passes"] * once + more, plan["why"]
+    if op != "apply" and plan["traversal"] != "rows":
+        most = plan["most_group_channels"]
+        why = f"{'a channel' if most == 1 else f'a group of up to {most} channels'} at a time: {why}"
     return Pass(
-        strategy="rows" if inner == 1 else "planes" if together == 1 else "short planes",
+        strategy=plan["traversal"],
         launches=(),
         bytes_read=read,
         bytes_written=written,
-        seconds=(read + written) / _cpu_bandwidth(torch.get_num_threads()),
+        seconds=(read + written) / _cpu_bandwidth(threads),
         why=why,
     )
-
-
-def _channels_together(problem: tuple[int, int, int]) -> int:
-    """How many channels the CPU backend takes side by side at most; more threads may want fewer.
-
-    ``has_short_planes`` and ``channels_together`` in ``csrc/cpu/driver.h`` are the rule.
-    """
-    _, channels, inner = problem
-    if not 1 < inner <= 128 or channels < 64 or channels % 8:
-        return 1
-    return min(channels, max(8, 1600 // inner // 8 * 8))
 
 
 def _cpu_name() -> str:
