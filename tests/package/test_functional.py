@@ -275,7 +275,7 @@ def test_outputs_past_the_caches_on_threads(threads):
     ids=name_of,
 )
 def test_outputs_past_the_caches_in_strips(dtype, residual, activation, mode, threads):
-    """Rows whose coefficients exceed L1 (kCoefficientBytes in csrc/cpu/driver.h) are written in strips of 4 KiB; the
+    """Rows whose coefficients exceed L1 (kCoefficientBytes in csrc/cpu/tuning.h) are written in strips of 4 KiB; the
     last strip here is one line."""
     strip, line = 4096 // dtype.itemsize, 64 // dtype.itemsize
     columns = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 4}[dtype] * strip + line

@@ -71,9 +71,11 @@ CPP = {
     "kernels": ({"kernels", "platform", "bridge"}, STANDARD),
     "platform": ({"emulator"}, STANDARD + r"|cuda[a-z_0-9]*\.h|cooperative_groups.*|emulated_device\.h"),
     "cuda": ({"cuda", "kernels", "platform", "bridge"}, STANDARD),
-    "cpu": ({"cpu", "bridge"}, STANDARD + r"|(ATen|c10)/.*"),
+    "cpu plan": ({"cpu plan", "bridge"}, STANDARD),  # a pure function: no torch, no threads
+    "cpu loops": ({"cpu loops", "bridge"}, STANDARD + r"|c10/util/Half\.h"),  # nothing of threads or of the drivers
+    "cpu": ({"cpu", "cpu plan", "cpu loops", "bridge"}, STANDARD + r"|(ATen|c10)/.*"),
     "ops": (
-        {"ops", "bridge", "cpu", "cuda"},
+        {"ops", "bridge", "cpu", "cpu plan", "cpu loops", "cuda"},
         STANDARD + r"|(ATen|c10)/.*|torch/(library|csrc/.*)\.h",
     ),
 }
@@ -82,7 +84,9 @@ PYTHON_API = ("csrc/ops/python.h", "csrc/ops/python.cpp")
 # What a stream and a status are, where the launchers are called.
 CUDA_RUNTIME = ("csrc/cuda/launch.h", "csrc/ops/cuda.cpp")
 # The launchers and the CPU backend are called through one header each; nothing else of them is the ops' business.
-ENTRANCES = re.compile(r"csrc/(cpu|cuda)/(backend|launch|leaves|dispatch)\.h")
+ENTRANCES = re.compile(r"csrc/(cpu|cuda)/(backend|launch|leaves|dispatch|plan)\.h")
+CPU_PLAN = ("csrc/cpu/plan.h", "csrc/cpu/tuning.h")
+CPU_LOOPS = re.compile(r"csrc/cpu/(leaves(_[a-z0-9_]+)?\.h|leaves_[a-z0-9_]+\.cpp|vec\.h|epilogue\.h)")
 
 
 def part_of(path: str) -> str | None:
@@ -96,6 +100,10 @@ def part_of(path: str) -> str | None:
         return "bridge" if p.name in ("batch_norm.h", "plan.h") else None
     if p.name == "platform.cuh":
         return "platform"
+    if path in CPU_PLAN:
+        return "cpu plan"
+    if CPU_LOOPS.fullmatch(path):
+        return "cpu loops"
     return p.parts[1] if p.parts[1] in CPP else None
 
 
@@ -123,7 +131,7 @@ def wrong_includes(path: str, text: str, exists) -> list[str]:
         else:
             into = part_of(target)
             allowed = into in parts
-            if part == "ops" and into in ("cpu", "cuda"):
+            if part == "ops" and into in ("cpu", "cpu plan", "cpu loops", "cuda"):
                 allowed = ENTRANCES.fullmatch(target)
         if not allowed:
             wrong.append(f"{path}: may not include {name}")
@@ -210,6 +218,12 @@ def test_instructions_only_in_platform():
         ("csrc/cpu/batch_norm_train.cpp", '#include "ops/ops.h"'),
         ("csrc/cpu/batch_norm_train.cpp", "#include <torch/library.h>"),
         ("csrc/cpu/driver.h", '#include "cuda/dispatch.h"'),
+        ("csrc/cpu/plan.h", '#include "cpu/driver.h"'),
+        ("csrc/cpu/plan.h", '#include "cpu/leaves.h"'),
+        ("csrc/cpu/plan.h", "#include <ATen/Parallel.h>"),
+        ("csrc/cpu/leaves_sums.h", '#include "cpu/plan.h"'),
+        ("csrc/cpu/leaves.h", "#include <ATen/Parallel.h>"),
+        ("csrc/ops/cpu.cpp", '#include "cpu/tuning.h"'),
         ("csrc/batch_norm.h", '#include "cpu/driver.h"'),
         ("csrc/batch_norm.h", "#include <ATen/core/Tensor.h>"),
         ("csrc/kernels/layout.cuh", '#include "cuda/dispatch.h"'),
@@ -231,7 +245,10 @@ def test_a_back_include_is_found(path, line):
         "csrc/ops/ops.h",
         "csrc/cuda/dispatch.h",
         "csrc/cpu/driver.h",
+        "csrc/cpu/leaves.h",
         "csrc/cpu/moments.h",
+        "csrc/cpu/plan.h",
+        "csrc/cpu/tuning.h",
         "csrc/batch_norm.h",
     }
     assert wrong_includes(path, f"// comment\n{line}\n", planted.__contains__)
@@ -265,6 +282,11 @@ def test_a_back_import_is_found(module, line):
     [
         ("csrc/cpu/driver.h", '#include "batch_norm.h"'),
         ("csrc/cpu/driver.h", "#include <ATen/Parallel.h>"),
+        ("csrc/cpu/driver.h", '#include "cpu/plan.h"'),
+        ("csrc/cpu/plan.h", '#include "cpu/tuning.h"'),
+        ("csrc/cpu/plan.h", '#include "batch_norm.h"'),
+        ("csrc/cpu/leaves_baseline.cpp", "#include <c10/util/Half.h>"),
+        ("csrc/ops/module.cpp", '#include "cpu/plan.h"'),
         ("csrc/ops/cpu.cpp", '#include "ops/ops.h"'),
         ("csrc/ops/module.cpp", "#include <pybind11/pybind11.h>"),
         ("csrc/ops/python.h", "#include <Python.h>"),
@@ -275,5 +297,11 @@ def test_a_back_import_is_found(module, line):
 )
 def test_a_right_include_is_not(path, line):
     """Nor does it cry wolf."""
-    planted = {"csrc/ops/ops.h", "csrc/batch_norm.h", "csrc/kernels/platform.cuh"}
+    planted = {
+        "csrc/ops/ops.h",
+        "csrc/batch_norm.h",
+        "csrc/cpu/plan.h",
+        "csrc/cpu/tuning.h",
+        "csrc/kernels/platform.cuh",
+    }
     assert not wrong_includes(path, line, planted.__contains__)
