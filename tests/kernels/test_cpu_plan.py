@@ -1,4 +1,4 @@
-"""``csrc/cpu/plan.h``: for every problem, op and number of threads, the plan of the CPU backend covers every value once.
+"""``csrc/cpu/plan.h``: for every problem, op and number of threads, the CPU plan covers every value once.
 
 These are checks of arithmetic. That the drivers follow the plan is shown where they run (test_functional.py): outputs
 start as NaN, and results are compared with the reference at the thresholds.
@@ -37,7 +37,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         largest = max(call, key=call.__getitem__)
         call[largest] = max(1, call[largest] // 7)
     flags = {name: draw(st.booleans()) for name in ("residual", "mask", "aligned")}
-    return {"op": draw(st.sampled_from(OPS)), **call, "dtype": draw(st.integers(0, 3)), "threads": draw(threads), **flags}
+    call |= {"op": draw(st.sampled_from(OPS)), "dtype": draw(st.integers(0, 3)), "threads": draw(threads)}
+    return {**call, **flags}
 
 
 def numel(call: dict[str, Any]) -> int:
@@ -74,7 +75,7 @@ def check_parts(plan: dict[str, Any], call: dict[str, Any]) -> None:
 
 
 def check_group(plan: dict[str, Any], call: dict[str, Any]) -> None:
-    """Groups of whole bytes of the mask divide the channels; their columns are bounded, as L1 holds their coefficients."""
+    """Groups divide the channels and have whole bytes of the mask. L1 holds their coefficients."""
     assert plan["group_channels"] % 8 == 0 and call["channels"] % plan["group_channels"] == 0
     assert 8 <= plan["group_channels"] <= plan["most_group_channels"] <= call["channels"]
     assert plan["group_channels"] == 8 or plan["inner"] <= 1600
@@ -112,7 +113,7 @@ def test_every_value_is_covered_once(call: dict[str, Any]) -> None:
 @SETTINGS
 @given(calls())
 def test_small_problems_are_done_by_one_thread(call: dict[str, Any]) -> None:
-    """Work below 32768 values is neither cut into parts nor into tasks, and one thread is worth as many items as it has."""
+    """Below 32768 values there are neither parts nor tasks, and the grain gives one thread all items."""
     plan = _extension.cpu_plan(**call)
     few = numel(call) < 32768
     for name in ("sum_rows", "rows"):
@@ -133,7 +134,7 @@ def test_streamed_only_where_large_and_aligned(call: dict[str, Any]) -> None:
     whole_lines = length * size % LINE == 0
     if call["op"] == "stats":
         assert not plan["streamed"]
-    elif (call["op"], call["inner"] > 1) != ("apply", True):  # whether groups stream decides there whether there are any
+    elif (call["op"], call["inner"] > 1) != ("apply", True):  # apply takes groups if they stream
         assert plan["streamed"] == (large and whole_lines and call.get("aligned", True))
     assert not plan["streamed"] or (large and whole_lines and call.get("aligned", True))
     if plan["streamed"]:

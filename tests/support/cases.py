@@ -26,8 +26,8 @@ CHANNELS = (1, 2, 3, 5, 8, 12, 16, 31, 33, 48, 64, 65, 96, 320, 2048, 4099)
 SPATIAL = ((1, 1), (1, 2), (2, 2), (7, 1), (3, 3), (7, 7), (5, 10), (14, 14), (13, 17))
 
 # One below, at and one above the sizes at which an accumulator is flushed or merged on the CPU: 32768 values of a
-# plane and 524 rows (kBlockValues and kBlockRows in csrc/cpu/driver.h), 4 rows (kLaneValues in
-# csrc/cpu/leaves_impl.h); and twice as many. 256 are the threads of a block on a GPU.
+# plane and 524 rows (kBlockValues and kBlockRows in csrc/cpu/tuning.h), 4 rows (kLaneValues in
+# csrc/cpu/leaves_sums.h); and twice as many. 256 are the threads of a block on a GPU.
 BLOCK_ELEMENTS = (32767, 32768, 32769, 65535, 65537)
 BLOCK_ROWS = (3, 4, 5, 7, 8, 9, 255, 256, 257, 523, 524, 525, 1047, 1049)
 

@@ -32,7 +32,7 @@ STATE = ("running_mean", "running_var", "num_batches_tracked")
 # Raised by a call that is refused; anything else is a bug of whoever raises it.
 REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 # From 32768 values on the work is split over threads, and past as many of a channel or 524 rows there is more than one
-# block (csrc/cpu/driver.h); more than this adds nothing but time.
+# block (csrc/cpu/tuning.h); more than this adds nothing but time.
 MAX_VALUES = 2**17
 BYTES = 80  # about as many decisions as a call has
 
