@@ -1,7 +1,7 @@
-"""``explain``: how a batch norm would run, and what it moves, without running it.
+"""``explain``: how a batch norm would run, and how many bytes it moves, without running it.
 
-The plan of the CUDA backend is the one that its launches use (``csrc/plan.h``), for any GPU whose limits are known:
-none has to be there.
+The plan is the one that the backend itself follows: ``csrc/plan.h`` for CUDA, ``csrc/cpu/plan.h`` for the CPU. The CUDA
+plan is known for any GPU with known limits; no GPU has to be there.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class DeviceLimits:
     """What the planner and the estimate know of a GPU.
 
     Attributes:
-        name: as in reports.
-        sm_count: streaming multiprocessors.
+        name: the name in reports.
+        sm_count: number of streaming multiprocessors.
         compute_capability: ``(9, 0)`` for sm_90.
-        bandwidth: of its memory, bytes per second; None where it is not known.
-        shared_per_sm: bytes of shared memory of a multiprocessor; 0 where it is not known, and nothing is kept there.
+        bandwidth: of its memory, in bytes per second; None if it is not known.
+        shared_per_sm: bytes of shared memory of a multiprocessor; 0 if it is not known. Then nothing is kept there.
     """
 
     name: str
@@ -37,7 +37,7 @@ class DeviceLimits:
     shared_per_sm: int = 0
 
 
-# Sources: NVIDIA's data sheets, SXM modules where there are several; CUDA C++ Programming Guide, "Technical
+# Sources: NVIDIA's data sheets, for the SXM module if there are several; CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability".
 DEVICES = {
     "t4": DeviceLimits("T4", 40, (7, 5), 320e9, 64 * 1024),
@@ -57,7 +57,7 @@ _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.flo
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: what it does, how many blocks of how many threads do it, and how many of them are a cluster."""
+    """One kernel: what it does, the number of its blocks, threads per block, and blocks per cluster."""
 
     kernel: str
     blocks: int
@@ -74,11 +74,11 @@ class Pass:
     """Forward or backward.
 
     Attributes:
-        strategy: how the work is cut; the words of ``csrc/plan.h`` for CUDA, ``planes``, ``short planes`` or ``rows``
-            for the CPU.
+        strategy: how the work is cut. For CUDA these are the words of ``csrc/plan.h``; for the CPU ``planes``, ``short
+            planes`` or ``rows``.
         launches: in order; empty for the CPU.
-        bytes_read, bytes_written: of tensors of the size of ``x`` and of the mask.
-        seconds: for these bytes at the device's bandwidth, a bound from below; None where it is not known.
+        bytes_read, bytes_written: counts tensors of the size of ``x``, and the mask.
+        seconds: a lower bound, which is the time for these bytes at the device's bandwidth; None if that is not known.
         why: the reason for the strategy.
     """
 
@@ -92,7 +92,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` returns; ``str()`` of it is a report."""
+    """The result of ``explain``; ``str()`` of it is a report."""
 
     backend: str
     device: str
@@ -134,21 +134,21 @@ def explain(
     grad: bool = True,
     device_limits: str | DeviceLimits | None = None,
 ) -> Explanation:
-    """How ``bnfused.functional.batch_norm`` would run on ``x``, what it would move, and why so.
+    """How ``bnfused.functional.batch_norm`` would run on ``x``, how many bytes it would move, and why.
 
     Args:
-        x: the input, or its shape ``(N, C, *)``; a tensor's values are not read.
-        dtype, memory_format: of a shape; a tensor has its own. float32 if None.
+        x: the input, or its shape ``(N, C, *)``. The values of a tensor are not read.
+        dtype, memory_format: used with a shape; a tensor has its own. The dtype is float32 if None.
         residual: whether one is added.
         activation: a name in ``bnfused.activations.ACTIVATIONS``, or None.
-        training: statistics of the batch; else the running ones.
+        training: uses the statistics of the batch; otherwise the running statistics.
         grad: whether a backward follows, with gradients of everything.
-        device_limits: a GPU in ``DEVICES``, or its limits; the CUDA plan for it, wherever this runs. None is the device
-            of ``x``, the CPU for a shape.
+        device_limits: a GPU in ``DEVICES``, or its limits. The plan is then the CUDA plan for that GPU, on any machine.
+            None stands for the device of ``x``; for a shape, for the CPU.
 
     Raises:
-        RuntimeError: the extension, which has the planner, is not loaded; or a dtype that batch norm does not know.
-        ValueError: a device or an activation that is not known; a shape of less than two dimensions.
+        RuntimeError: the extension, which has the planner, is not loaded; or batch norm does not know the dtype.
+        ValueError: the device or the activation is not known, or the shape has fewer than two dimensions.
     """
     if not _extension.is_available():
         raise RuntimeError(f"bnfused.explain needs the extension: {_extension.why_unavailable()}")
@@ -219,7 +219,10 @@ def _limits(given: str | DeviceLimits | None, device: torch.device) -> DeviceLim
 
 
 def _bandwidth_of(name: str) -> float | None:
-    """Of the GPU that calls itself that, if it is in ``DEVICES``; "NVIDIA H100 80GB HBM3" is not the A100 of 80 GB."""
+    """The bandwidth of the GPU of this name, if it is in ``DEVICES``.
+
+    All words of an entry's name have to be there: "NVIDIA H100 80GB HBM3" is not the A100 of 80 GB.
+    """
     words = set(name.replace("-", " ").split())
     if words & {"PCIe", "PCIE", "NVL", "Laptop"}:  # slower memory than the modules in DEVICES
         return None
@@ -309,7 +312,7 @@ def _cpu_name() -> str:
 
 @functools.cache
 def _cpu_bandwidth(threads: int) -> float:
-    """Bytes read and written per second by a copy of 64 MiB on ``threads`` threads, the current number."""
+    """Bytes read and written per second by a copy of 64 MiB. ``threads`` is the current number of threads."""
     source = torch.zeros(1 << 24)
     target = torch.empty_like(source).copy_(source)
     seconds = []

@@ -1,4 +1,4 @@
-// The CPU backend's entries, one source file each.
+// The entry points of the CPU backend. Each has a source file of its own.
 #pragma once
 #include "batch_norm.h"
 

@@ -50,7 +50,7 @@ struct GradAffine {
   Affine<A> forward;
   A slope = 0, offset = 0;  // grad_x = g * scale + (x - mean) * slope + offset
 };
-// Read by the leaves as an array, in the order of BackwardCoefficient.
+// The leaves read it as an array, in the order of BackwardCoefficient.
 static_assert(sizeof(GradAffine<float>) == kBackwardCoefficients * sizeof(float));
 
 // The part of the float64 mean that is lost when it is rounded to A.

@@ -1,10 +1,10 @@
-// The activations: each one's value and its gradient side by side, on one vector. Included like vec.h, after it.
+// The activations: the value and the gradient of each, on one vector. Included like vec.h, after it.
 //
 // Values and gradients, ties included, are those of torch.nn.functional. `gradient` gates with a select and never
-// multiplies by zero, so that an infinite grad_y does not leak through a closed ReLU. Both are calls, not inlined: the
-// loops that reach them are many, and what they compute costs more than the call.
+// multiplies by zero, so that an infinite grad_y does not leak through a closed ReLU. `value` and `gradient` are calls,
+// not inlined: many loops reach them, and their arithmetic costs more than the call.
 
-// Largest z that rounds to zero in T: ReLU's gradient flows exactly where the stored y is positive.
+// The largest z that rounds to zero in T. ReLU's gradient flows exactly where the stored y is positive.
 template <class T>
 constexpr Accumulate<T> kRoundsToZero = 0;
 template <>
@@ -19,7 +19,7 @@ BNFUSED_INLINE Vec<A> relu(Vec<A> z) {
 
 // ---- exp, expm1, erf: polynomials for float, libm lane by lane for double
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; returns expm1(r) by its Taylor series, whose next term is below 6e-9.
+// x = n ln 2 + r with |r| <= ln 2 / 2. Returns expm1(r) by its Taylor series; the next term would be below 6e-9.
 BNFUSED_INLINE Vec<float> reduced_expm1(Vec<float> x, typename Vec<float>::Bits* n) {
   using V = Vec<float>;
   const V kRound(12582912.0f);  // 1.5 * 2^23: adding it leaves no fraction bits

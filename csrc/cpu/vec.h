@@ -1,10 +1,10 @@
-// One vector of values, for whichever instruction set the including file has switched on. Included inside a namespace
-// of that file's own, so that no two instruction sets share a symbol; it includes nothing itself. That file defines
-// BNFUSED_AVX512, with BNFUSED_AVX512_BF16 or without, or BNFUSED_AVX2 (with FMA and F16C): the compiler's own macros
-// do not follow `#pragma GCC target`.
+// One vector of values, for the instruction set that the including file (leaves_*.cpp) has switched on. It is included
+// inside a namespace of that file's own, so that no two instruction sets share a symbol, and it includes nothing
+// itself. The including file defines BNFUSED_AVX512, with BNFUSED_AVX512_BF16 or without, or BNFUSED_AVX2 (with FMA and
+// F16C): the compiler's own macros do not follow `#pragma GCC target`.
 //
-// Arithmetic is GCC's and clang's vector extension; intrinsics only where that has no word: fused multiply-add, masked
-// and streaming access, half precision.
+// Arithmetic uses the vector extension of GCC and clang. Intrinsics are there only for operations that the extension
+// lacks: fused multiply-add, masked and streaming access, half precision.
 
 #define BNFUSED_INLINE inline __attribute__((always_inline))
 #define BNFUSED_INLINE_LAMBDA __attribute__((always_inline))
@@ -32,13 +32,13 @@ struct Lanes<double> {
 template <class A>
 struct Vec {
   using Native = typename Lanes<A>::Native;
-  using Bits = typename Lanes<A>::Bits;  // of a comparison: all ones where true
+  using Bits = typename Lanes<A>::Bits;  // the result of a comparison: all ones where it is true
   static constexpr int kSize = kLanes<A>;
   Native v;
 
   Vec() = default;
-  // Not the implicit copy: gcc 12 copies a trivial aggregate in pieces of 16 bytes, through memory, and the wide reload
-  // behind it stalls (measured: the AVX2 leaves up to 10 times slower).
+  // The implicit copy is slow: gcc 12 copies a trivial aggregate in pieces of 16 bytes, through memory, and the wide
+  // reload after that stalls (measured: the AVX2 leaves up to 10 times slower).
   BNFUSED_INLINE Vec(const Vec& other) : v(other.v) {}
   BNFUSED_INLINE Vec& operator=(const Vec& other) {
     v = other.v;
@@ -76,7 +76,8 @@ template <class A>
 BNFUSED_INLINE Vec<A> select(typename Vec<A>::Bits where, Vec<A> yes, Vec<A> no) {
   return where ? yes.v : no.v;
 }
-// NaN in `a` stays NaN: the instruction's answer is its second operand then. Compilers do not find it in a select.
+// NaN in `a` stays NaN, because the instruction returns its second operand then. Compilers do not find this instruction
+// in a select.
 template <class A>
 BNFUSED_INLINE Vec<A> at_least(Vec<A> a, A low) {
 #if defined(BNFUSED_AVX512)
@@ -99,7 +100,8 @@ BNFUSED_INLINE Vec<A> magnitude(Vec<A> a) {
   return select<A>(a > Vec<A>(A(0)), a, Vec<A>(A(0)) - a);
 }
 
-// a * b + c. Where there is no instruction the compiler may or may not fuse; it does the same in forward and backward.
+// a * b + c. Where the instruction set has no fused multiply-add, the compiler may or may not fuse. It does the same in
+// forward and backward.
 template <class A>
 BNFUSED_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
 #if defined(BNFUSED_AVX512)
@@ -147,7 +149,7 @@ struct Wide {
   BNFUSED_INLINE double sum() const {
     Vec<double> all = parts[0];
     for (int i = 1; i < kParts; ++i) all = all + parts[i];
-    const auto& v = all.v;  // pairwise: eight additions in a row would be most of the time of a 7 x 7 plane
+    const auto& v = all.v;  // pairwise: eight additions in a row would take most of the time of a 7 x 7 plane
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }
 };
@@ -176,7 +178,8 @@ typedef uint16_t Half16 __attribute__((vector_size(2 * kLanes<float>)));
 typedef uint32_t Word32 __attribute__((vector_size(4 * kLanes<float>)));
 
 #if defined(BNFUSED_AVX512)
-// One shuffle where converting and shifting are two instructions, and in narrow four; see below for what they compute.
+// One shuffle, where converting and shifting would be two instructions, and in `narrow` four. The versions below say
+// plainly what these compute.
 BNFUSED_INLINE Vec<float> widen(BFloat16, Half16 bits) {
   const __m512i to_high = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
   return Vec<float>(
@@ -214,7 +217,7 @@ BNFUSED_INLINE Half16 narrow(Float16, Vec<float> a) {
   return (Half16)_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-// Calls: inlined, the bit arithmetic of eight lanes would triple the size of the baseline.
+// These are calls: inlined, the bit arithmetic of eight lanes would triple the size of the baseline.
 __attribute__((noinline)) Vec<float> widen(Float16, Half16 bits) {
   Vec<float> a;
   for (int i = 0; i < kLanes<float>; ++i) a.v[i] = c10::detail::fp16_ieee_to_fp32_value(bits[i]);
@@ -227,7 +230,7 @@ __attribute__((noinline)) Half16 narrow(Float16, Vec<float> a) {
 }
 #endif
 
-// How float32 becomes 16 bits: to nearest, ties to even.
+// Rounds float32 to 16 bits: to nearest, ties to even.
 struct Exact {
   static constexpr bool kAlwaysRight = true;
 
@@ -239,12 +242,13 @@ struct Exact {
 template <class T>
 struct Hasty : Exact {};
 #if defined(BNFUSED_AVX512_BF16)
-// One instruction where Exact takes six (eval of 12 MB, channels_last: 20 values a ns instead of 15), but one that
-// takes subnormal numbers for zero. Asking after all is done whether there was one costs less than asking each time.
+// One instruction where Exact takes six (eval of 12 MB, channels_last: 20 values a ns instead of 15). But it takes
+// subnormal numbers for zero. One check at the end, whether there was a subnormal number, costs less than a check at
+// each store.
 template <>
 struct Hasty<BFloat16> {
   static constexpr bool kAlwaysRight = false;
-  __m512 subnormal = {};  // the last of each lane; a mask would not stay in its register
+  __m512 subnormal = {};  // the last one of each lane; a mask would not stay in its register
 
   BNFUSED_INLINE Half16 operator()(BFloat16, Vec<float> a) {
     constexpr int kSubnormal = 0x20;
@@ -284,9 +288,9 @@ BNFUSED_INLINE void store(T* p, Vec<Accumulate<T>> a) {
   store(p, a, round);
 }
 
-// A load that stays a load of its own. gcc folds `mask ? load : 0` into a masked load, which cannot start before the
-// mask is known; where the mask comes from another load, two streams from memory then wait for one another (measured:
-// the sums of a gated gradient at 24 instead of 60 GB/s).
+// Keeps a load separate from a select that uses it. gcc folds `mask ? load : 0` into a masked load, which cannot start
+// before the mask is known. Where the mask comes from another load, two streams from memory then wait for one another
+// (measured: the sums of a gated gradient at 24 instead of 60 GB/s).
 template <class A>
 BNFUSED_INLINE Vec<A> unfolded(Vec<A> a) {
 #if defined(BNFUSED_AVX512)
@@ -349,7 +353,7 @@ BNFUSED_INLINE void store_wide(double* p, const Wide<A>& w) {
   for (int i = 0; i < Wide<A>::kParts; ++i) store(p + 8 * i, w.parts[i]);
 }
 
-// Past the caches; p is aligned to the bytes of a.
+// Stores past the caches. p is aligned to the bytes of a.
 template <class T, class Round>
 BNFUSED_INLINE void stream(T* p, Vec<Accumulate<T>> a, Round& round) {
 #if defined(BNFUSED_AVX512)
@@ -371,9 +375,9 @@ BNFUSED_INLINE void stream(T* p, Vec<Accumulate<T>> a, Round& round) {
 #endif
 }
 
-// ---- one bit for each lane, the first lane's the lowest
+// ---- one bit for each lane; the first lane has the lowest bit
 
-// Whether a lane is above the limit, or NaN.
+// A bit is set where a lane is above the limit, or NaN.
 template <class A>
 BNFUSED_INLINE uint32_t bits_above(Vec<A> a, A limit) {
 #if defined(BNFUSED_AVX512)
@@ -413,7 +417,7 @@ BNFUSED_INLINE void store_bits(uint8_t* p, uint32_t bits) {
   p[0] = static_cast<uint8_t>(bits);
   if constexpr (kLanes<A> > 8) p[1] = static_cast<uint8_t>(bits >> 8);
 }
-// The bytes that n lanes need, n at most a vector; the bits of other lanes are 0.
+// Stores the bytes that n lanes need, where n is at most a vector. The bits of other lanes are 0.
 template <class A>
 BNFUSED_INLINE void store_bits_first(uint8_t* p, uint32_t bits, int n) {
   bits &= (1u << n) - 1;
