@@ -47,6 +47,7 @@ CUDA_SOURCES = (
     "csrc/cuda/batch_norm_train.cu",
     "csrc/cuda/batch_norm_apply.cu",
     "csrc/cuda/batch_norm_backward.cu",
+    "csrc/cuda/workspace.cu",
 )
 CUDA_BINDING = ("csrc/ops/cuda.cpp",)
 

@@ -1,31 +1,23 @@
 // Backward: sums, then the gradients that wait for them, in one launch or two.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/workspace.h"
 #include "kernels/batch_norm_backward.cuh"
 #include "kernels/batch_norm_resident.cuh"
 
 namespace bnfused::cuda {
 namespace {
 
-// The workspace: the slopes of all channels, then the partial sums.
-Slope* slopes_of(Workspace workspace) { return static_cast<Slope*>(workspace.partials); }
-
-template <class T>
-using Forward = Affine<Accumulate<T>>;
-template <class T>
-using Constants = GradAffine<Accumulate<T>>;
-
-template <class T, class Activation>
-GradArgs<T, Activation> grad_args(const BackwardArgs& args, const LaunchPlan& plan, Workspace workspace,
-                                  Activation activation) {
-  GradArgs<T, Activation> g{{static_cast<const T*>(args.grad_y), static_cast<const T*>(args.x),
-                             static_cast<const T*>(args.residual), args.mask, static_cast<T*>(args.grad_x),
-                             static_cast<T*>(args.grad_residual), args.training, plan.wide, activation},
-                            {},
-                            args.problem.numel(),
-                            nullptr,
-                            workspace.tickets};
-  Slope* slopes = slopes_of(workspace);
+template <class T, class Act>
+GradArgs<T, Act> grad_args(const BackwardArgs& args, const LaunchPlan& plan, Workspace workspace, Act activation) {
+  GradArgs<T, Act> g{{static_cast<const T*>(args.grad_y), static_cast<const T*>(args.x),
+                      static_cast<const T*>(args.residual), args.mask, static_cast<T*>(args.grad_x),
+                      static_cast<T*>(args.grad_residual), args.training, plan.wide, activation},
+                     {},
+                     args.problem.numel(),
+                     nullptr,
+                     workspace.tickets};
+  Slope* slopes = slopes_in(workspace);
   g.constants = {args.weight,
                  args.bias,
                  args.mean,
@@ -37,50 +29,47 @@ GradArgs<T, Activation> grad_args(const BackwardArgs& args, const LaunchPlan& pl
                  args.sum_grad,
                  args.sum_grad_xhat,
                  args.batch_count};
-  g.partials = reinterpret_cast<GradSums*>(slopes + args.problem.channels);
+  g.partials = grad_sums_in(workspace, args.problem);
   return g;
 }
 
 // In one launch.
 template <class T, class Act>
 cudaError_t resident(const GradArgs<T, Act>& args, const LaunchPlan& plan, cudaStream_t stream) {
-  static_assert(std::max(sizeof(Forward<T>) + sizeof(GradSums), sizeof(Constants<T>)) <= detail::kSharedOfColumn);
+  static_assert(std::max(sizeof(Affine<Accumulate<T>>) + sizeof(GradSums), sizeof(GradAffine<Accumulate<T>>)) <=
+                planning::kSharedOfColumn);
   if (plan.layout == Layout::kPlanes) {
     return launch_resident(plan, plan.planes, stream, batch_norm_backward_resident_planes<T, Act>, args);
   }
   return launch_resident(plan, plan.reduce_rows, stream, batch_norm_backward_resident_rows<T, Act>, args);
 }
 
-// `write`: the gradients of the tensors do not depend on the sums, and are written in the same pass.
+// `write_gradients`: the gradients of the tensors do not depend on the sums, and the same pass stores them.
 template <class T, class Act>
-cudaError_t reduce(const GradArgs<T, Act>& args, const LaunchPlan& plan, bool write, cudaStream_t stream) {
+cudaError_t reduce(const GradArgs<T, Act>& args, const LaunchPlan& plan, bool write_gradients, cudaStream_t stream) {
   if (plan.layout == Layout::kPlanes) {
     const Planes& s = plan.planes;
-    return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_backward_reduce_planes<T, Act>, args, write, s);
+    return launch(config(s.blocks(), s.threads, 0, stream), batch_norm_backward_reduce_planes<T, Act>, args,
+                  write_gradients, s);
   }
   const Rows& s = plan.reduce_rows;
-  return launch(config(s.blocks(), s.threads, table_bytes<Forward<T>>(s), stream),
-                batch_norm_backward_reduce_rows<T, Act>, args, write, s);
+  return launch(config(s.blocks(), s.threads, table_bytes<Affine<Accumulate<T>>>(s), stream),
+                batch_norm_backward_reduce_rows<T, Act>, args, write_gradients, s);
 }
 
 template <class T, class Act>
 cudaError_t apply(const GradArgs<T, Act>& args, const LaunchPlan& plan, cudaStream_t stream) {
   if (plan.layout == Layout::kPlanes) {
     const Flat& s = plan.flat;
-    return launch(config(s.blocks(), s.threads, table_bytes<Constants<T>>(s), stream),
+    return launch(config(s.blocks(), s.threads, table_bytes<GradAffine<Accumulate<T>>>(s), stream),
                   batch_norm_backward_apply_planes<T, Act>, args.body, args.constants, args.numel, s);
   }
   const Rows& s = plan.apply_rows;
-  return launch(config(s.blocks(), s.threads, table_bytes<Constants<T>>(s), stream),
+  return launch(config(s.blocks(), s.threads, table_bytes<GradAffine<Accumulate<T>>>(s), stream),
                 batch_norm_backward_apply_rows<T, Act>, args.body, args.constants, args.numel, s);
 }
 
 }  // namespace
-
-int64_t workspace_bytes(const LaunchPlan& plan, const Problem& p) {
-  static_assert(sizeof(GradSums) <= sizeof(Moments<double>) && sizeof(Moments<float>) == sizeof(Moments<double>));
-  return p.channels * int64_t(sizeof(Slope)) + plan.partials * int64_t(sizeof(Moments<double>));
-}
 
 BackwardRequest request_of(const BackwardArgs& args) {
   return {is_wide({args.grad_y, args.x, args.residual, args.grad_x, args.grad_residual}),

@@ -7,8 +7,8 @@
 namespace bnfused::cuda {
 namespace {
 
-template <class T, class Activation>
-ForwardBody<T, Activation> body_of(const TrainArgs& args, const LaunchPlan& plan, Activation activation) {
+template <class T, class Act>
+ForwardBody<T, Act> body_of(const TrainArgs& args, const LaunchPlan& plan, Act activation) {
   return {static_cast<const T*>(args.x),
           static_cast<const T*>(args.residual),
           static_cast<T*>(args.y),
@@ -26,7 +26,7 @@ template <class T>
 cudaError_t resident(const TrainArgs& args, const LaunchPlan& plan, Workspace workspace, cudaStream_t stream) {
   return with_activation(args.epilogue, [&](auto activation) {
     using Act = decltype(activation);
-    static_assert(std::max(sizeof(Moments<Accumulate<T>>), sizeof(Affine<Accumulate<T>>)) <= detail::kSharedOfColumn);
+    static_assert(std::max(sizeof(Moments<Accumulate<T>>), sizeof(Affine<Accumulate<T>>)) <= planning::kSharedOfColumn);
     const auto stats = stats_args<T>(args, plan, workspace);
     const auto body = body_of<T>(args, plan, activation);
     const auto constants = constants_of(args);

@@ -73,7 +73,7 @@ cudaError_t launch_resident(const LaunchPlan& plan, const Shape& s, cudaStream_t
                             const Arguments&... arguments) {
   Residency residency = plan.residency;
   LaunchConfig c = config(residency.blocks(s.parts), s.threads, residency.keeps_bytes, stream);
-  if constexpr (std::is_same_v<Shape, Rows>) c.shared_bytes += size_t(detail::table_bytes(s));
+  if constexpr (std::is_same_v<Shape, Rows>) c.shared_bytes += size_t(planning::table_bytes(s));
   c.cluster = residency.cluster;
   c.cooperative = s.blocks() > s.domains() * residency.cluster;
   if (c.cluster > 1) {

@@ -2,6 +2,7 @@
 // batch_norm_stats.cu.
 #pragma once
 #include "cuda/launch.h"
+#include "cuda/workspace.h"
 #include "kernels/batch_norm_stats.cuh"
 
 namespace bnfused::cuda {
@@ -11,7 +12,7 @@ StatsArgs<T> stats_args(const Args& args, const LaunchPlan& plan, Workspace work
   return {static_cast<const T*>(args.x),
           args.problem.numel(),
           plan.wide,
-          static_cast<Moments<Accumulate<T>>*>(workspace.partials),
+          moments_in<Accumulate<T>>(workspace),
           workspace.tickets,
           workspace.tickets + plan.tickets - 1,
           FinishStats(args)};

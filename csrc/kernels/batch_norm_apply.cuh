@@ -37,13 +37,13 @@ struct ForwardConstants {
   }
 };
 
-template <class T, class Activation>
+template <class T, class Act>
 struct ForwardBody {
   using Value = T;
   using A = Accumulate<T>;
   using Constants = Affine<A>;
-  static constexpr int kLoads = Activation::template kLoads<T>;
-  static constexpr bool kUnrolled = Activation::kUnrolled;
+  static constexpr int kLoads = Act::template kLoads<T>;
+  static constexpr bool kUnrolled = Act::kUnrolled;
   struct Loaded {
     Pack<T> x, residual;
   };
@@ -52,7 +52,7 @@ struct ForwardBody {
   T* y;
   uint8_t* mask;  // bit k of byte u is value k of unit u; or nullptr
   bool wide;
-  Activation activation;
+  Act activation;
 
   __device__ __forceinline__ void load(Loaded& loaded, uint32_t unit, Span span) const {
     load_unit(loaded.x, x + int64_t(unit) * kUnit, span, wide);
@@ -94,15 +94,15 @@ struct ForwardBody {
   }
 };
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
-    batch_norm_apply_rows(ForwardBody<T, Activation> body, ForwardConstants constants, int64_t numel, Rows s) {
+    batch_norm_apply_rows(ForwardBody<T, Act> body, ForwardConstants constants, int64_t numel, Rows s) {
   sweep_rows(body, numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
 }
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
-    batch_norm_apply_planes(ForwardBody<T, Activation> body, ForwardConstants constants, int64_t numel, Flat s) {
+    batch_norm_apply_planes(ForwardBody<T, Act> body, ForwardConstants constants, int64_t numel, Flat s) {
   sweep_flat(body, numel, s, [&](uint32_t c, bool owns) { return constants.get<Accumulate<T>>(c, owns); });
 }
 

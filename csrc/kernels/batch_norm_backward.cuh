@@ -9,13 +9,14 @@
 //           channel and part; where the statistics were given, writes the gradients of the tensors in the same pass
 //   apply   reads the same once more, writes grad_x and grad_residual
 //   blocks  Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units; apply: a run of
-//   units needs   workspace for the partials and for slope and offset; tickets that are 0, and are 0 again afterwards
-//   both in one launch: batch_norm_resident.cuh
+//           units
+//   needs   workspace for the partials and for slope and offset; tickets that are 0, and are 0 again afterwards
+//
+// batch_norm_resident.cuh does both in one launch.
 #pragma once
 #include "kernels/accumulators.cuh"
-#include "kernels/batch_norm_stats.cuh"
-#include "kernels/on_chip.cuh"
 #include "kernels/pointwise.cuh"
+#include "kernels/source.cuh"
 #include "kernels/sweep.cuh"
 
 namespace bnfused {
@@ -81,14 +82,14 @@ struct BackwardConstants {
   }
 };
 
-template <class T, class Activation>
+template <class T, class Act>
 struct BackwardBody {
   using Value = T;
   using A = Accumulate<T>;
   using Constants = GradAffine<A>;
-  static constexpr int kLoadsOfReduce = Activation::template kLoads<T>;
+  static constexpr int kLoadsOfReduce = Act::template kLoads<T>;
   static constexpr int kLoads = (kLoadsOfReduce + 1) / 2;  // of two tensors
-  static constexpr bool kUnrolled = Activation::kUnrolled;
+  static constexpr bool kUnrolled = Act::kUnrolled;
   struct Loaded {
     Pack<T> grad_y, x, residual;
     unsigned mask;
@@ -99,19 +100,19 @@ struct BackwardBody {
   T *grad_x, *grad_residual;  // each or nullptr
   bool training;              // else slope and offset are not looked at: 0 * infinity would be NaN
   bool wide;
-  Activation activation;
+  Act activation;
 
   __device__ __forceinline__ void load(Loaded& loaded, uint32_t unit, Span span) const {
     const int64_t at = int64_t(unit) * kUnit;
     load_unit(loaded.grad_y, grad_y + at, span, wide);
     load_unit(loaded.x, x + at, span, wide);
-    if constexpr (Activation::kNeedsZ) {
+    if constexpr (Act::kNeedsZ) {
       if (residual != nullptr) load_unit(loaded.residual, residual + at, span, wide);
     }
-    if constexpr (Activation::kMasked) loaded.mask = load_global(mask + unit);
+    if constexpr (Act::kMasked) loaded.mask = load_global(mask + unit);
   }
 
-  __device__ __forceinline__ bool needs_residual() const { return Activation::kNeedsZ && residual != nullptr; }
+  __device__ __forceinline__ bool needs_residual() const { return Act::kNeedsZ && residual != nullptr; }
   __device__ __forceinline__ uint32_t tensors() const { return 2 + needs_residual(); }  // that are kept
 
   __device__ __forceinline__ void fetch(const OnChip<T>& kept, uint32_t step, uint32_t unit) const {
@@ -124,12 +125,12 @@ struct BackwardBody {
   // What was fetched, and the mask, whose bytes are too small for it.
   __device__ __forceinline__ void receive(Loaded& loaded, const OnChip<T>& kept, uint32_t step, uint32_t unit) const {
     recall(loaded, kept, step, unit, {0, kUnit});
-    if constexpr (Activation::kMasked) loaded.mask = load_global(mask + unit);
+    if constexpr (Act::kMasked) loaded.mask = load_global(mask + unit);
   }
 
   // grad_y is kept as it is behind the mask, and the mask not at all. `fetched`: as they are, all are there.
   __device__ __forceinline__ void keep(const Loaded& loaded, const OnChip<T>& kept, uint32_t step, bool fetched) const {
-    if constexpr (Activation::kMasked) {
+    if constexpr (Act::kMasked) {
       Pack<T> passed;
       copy_words(passed, loaded.grad_y);
 #pragma unroll
@@ -164,19 +165,19 @@ struct BackwardBody {
       g[k] = value_of(loaded.grad_y, k);
       const A x_k = value_of(loaded.x, k);
       d[k] = x_k - c.forward.mean;
-      if constexpr (Activation::kMasked) {
+      if constexpr (Act::kMasked) {
         g[k] = loaded.mask >> k & 1 ? g[k] : A(0);
-      } else if constexpr (Activation::kNeedsZ) {
+      } else if constexpr (Act::kNeedsZ) {
         z[k] = c.forward(x_k);
         if (residual != nullptr) z[k] += value_of(loaded.residual, k);
       }
     }
-    if constexpr (Activation::kNeedsZ) activation.template differentiate<T>(g, z);
+    if constexpr (Act::kNeedsZ) activation.template differentiate<T>(g, z);
   }
 
   template <class ConstantsOf>
-  __device__ __forceinline__ void write(uint32_t unit, Span span, const A (&g)[kUnit], const A (&d)[kUnit],
-                                        ConstantsOf constants_of) const {
+  __device__ __forceinline__ void store_gradients(uint32_t unit, Span span, const A (&g)[kUnit], const A (&d)[kUnit],
+                                                  ConstantsOf constants_of) const {
     const int64_t at = int64_t(unit) * kUnit;
     if (grad_x != nullptr) {
       A of_x[kUnit];
@@ -196,7 +197,7 @@ struct BackwardBody {
                                         ConstantsOf constants_of) const {
     A g[kUnit], d[kUnit];
     differentiate(loaded, constants_of, g, d);
-    write(unit, span, g, d, constants_of);
+    store_gradients(unit, span, g, d, constants_of);
   }
 };
 
@@ -211,13 +212,13 @@ struct GradRun {
   }
 };
 
-// Sums of the 8 values of one column, over the thread's rows. `write`: the gradients of the tensors need no sums, and
-// are written on the way.
+// Sums of the 8 values of one column, over the thread's rows. `write_gradients`: the gradients of the tensors do
+// not depend on the sums, and are stored on the way.
 template <class Body, class Source>
 __device__ __forceinline__ void column_grad_sums(const Body& body, const Source& source, int64_t numel, const Rows& s,
                                                  const RowsThread& thread,
-                                                 const ColumnConstants<Affine<typename Body::A>>& forward, bool write,
-                                                 GradSums (&total)[kUnit]) {
+                                                 const ColumnConstants<Affine<typename Body::A>>& forward,
+                                                 bool write_gradients, GradSums (&total)[kUnit]) {
   using A = typename Body::A;
   constexpr int kLoads = Body::kLoadsOfReduce;
   constexpr bool kInRuns = sizeof(A) < sizeof(double);  // else the sums are as wide as a run would be
@@ -225,20 +226,20 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, const Source&
   const auto constants_of = [&](int k) { return typename Body::Constants{forward(k), 0, 0}; };
   const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
   const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
-  uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane, done = 0;  // units
+  uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.row_slot, done = 0;  // units
   while (row < end) {
     GradRun<A> run[kInRuns ? kUnit : 1];
     for (int step = 0; step < kStepsOfRun && row < end; ++step) {
       typename Body::Loaded loaded[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const uint32_t r = row + i * s.lanes;
+        const uint32_t r = row + i * s.row_slots;
         const uint32_t unit = r * s.columns + thread.column;
         if (r < end && unit < units) source.load(loaded[i], unit, span_of(unit, numel), done + i);
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const uint32_t r = row + i * s.lanes;
+        const uint32_t r = row + i * s.row_slots;
         const uint32_t unit = r * s.columns + thread.column;
         if (r < end && unit < units) source.keep(loaded[i], span_of(unit, numel), done + i);
       }
@@ -258,9 +259,9 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, const Source&
               total[k].add(g[k], d[k]);
             }
           }
-          if (write) body.write(unit, span, g, d, constants_of);
+          if (write_gradients) body.store_gradients(unit, span, g, d, constants_of);
         }
-        row += s.lanes;
+        row += s.row_slots;
       });
     }
     if constexpr (kInRuns) {
@@ -274,7 +275,7 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, const Source&
 template <class Body, class Source>
 __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Source& source, const Planes& s,
                                                     const PlanesBlock& block, const Affine<typename Body::A>& forward,
-                                                    bool write) {
+                                                    bool write_gradients) {
   using A = typename Body::A;
   constexpr int kLoads = Body::kLoadsOfReduce;
   const auto constants_of = [&](int) { return typename Body::Constants{forward, 0, 0}; };
@@ -295,7 +296,7 @@ __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Sour
       source.keep(of_unit, at.span, step + i);
       A g[kUnit], d[kUnit];
       body.differentiate(of_unit, constants_of, g, d);
-      if (write) body.write(at.unit, at.span, g, d, constants_of);
+      if (write_gradients) body.store_gradients(at.unit, at.span, g, d, constants_of);
       A products[kUnit];
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) {
@@ -308,55 +309,53 @@ __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Sour
   return total;
 }
 
-template <class T, class Activation>
+template <class T, class Act>
 struct GradArgs {
-  BackwardBody<T, Activation> body;
+  BackwardBody<T, Act> body;
   BackwardConstants constants;
   int64_t numel;
   GradSums* partials;
   unsigned* tickets;  // one for each domain of the layout, and where blocks wait for each other a gate for each
 };
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    batch_norm_backward_reduce_rows(GradArgs<T, Activation> args, bool write, Rows s) {
+    batch_norm_backward_reduce_rows(GradArgs<T, Act> args, bool write_gradients, Rows s) {
   using A = Accumulate<T>;
-  using Body = BackwardBody<T, Activation>;
+  using Body = BackwardBody<T, Act>;
   BNFUSED_DYNAMIC_SHARED(Affine<A>, table);
   const RowsThread thread(s);
   const ColumnConstants<Affine<A>> forward(table, s, thread,
                                            [&](uint32_t c, bool) { return args.constants.template forward<A>(c); });
   GradSums sums[kUnit];
-  column_grad_sums(args.body, FromMemory<Body>{args.body}, args.numel, s, thread, forward, write, sums);
-  merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+  column_grad_sums(args.body, FromMemory<Body>{args.body}, args.numel, s, thread, forward, write_gradients, sums);
+  merge_row_slots(sums, thread.row_slot, s.row_slots, thread.slot, s.tile, thread.active);
   finish_rows(sums, args.partials, args.tickets, s, thread,
               [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
 }
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
-    batch_norm_backward_reduce_planes(GradArgs<T, Activation> args, bool write, Planes s) {
+    batch_norm_backward_reduce_planes(GradArgs<T, Act> args, bool write_gradients, Planes s) {
   using A = Accumulate<T>;
-  using Body = BackwardBody<T, Activation>;
+  using Body = BackwardBody<T, Act>;
   const PlanesBlock block(s);
   const Affine<A> forward = args.constants.template forward<A>(block.channel);
-  GradSums sums = plane_grad_sums(args.body, FromMemory<Body>{args.body}, s, block, forward, write);
+  GradSums sums = plane_grad_sums(args.body, FromMemory<Body>{args.body}, s, block, forward, write_gradients);
   merge_block(sums);
   finish_channel(sums, args.partials, args.tickets, s, block,
                  [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
 }
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
-    batch_norm_backward_apply_rows(BackwardBody<T, Activation> body, BackwardConstants constants, int64_t numel,
-                                   Rows s) {
+    batch_norm_backward_apply_rows(BackwardBody<T, Act> body, BackwardConstants constants, int64_t numel, Rows s) {
   sweep_rows(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
 }
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
-    batch_norm_backward_apply_planes(BackwardBody<T, Activation> body, BackwardConstants constants, int64_t numel,
-                                     Flat s) {
+    batch_norm_backward_apply_planes(BackwardBody<T, Act> body, BackwardConstants constants, int64_t numel, Flat s) {
   sweep_flat(body, numel, s, [&](uint32_t c, bool) { return constants.get<Accumulate<T>>(c); });
 }
 

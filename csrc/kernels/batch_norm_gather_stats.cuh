@@ -2,11 +2,12 @@
 //
 //   computes  mean, var and the count over all parts; running_mean, running_var, counter
 //   moves     reads a mean, a deviation and a count for each channel and part
-//   blocks    runs of columns: the channels, and behind them one of the counts alone, which there is without channels
-//   too needs     one ticket that is 0, and is 0 again afterwards
+//   blocks    runs of columns: one for each channel, and one more that merges the counts alone, also where there are no
+//             channels
+//   needs     one ticket that is 0 before and after
 #pragma once
 #include "kernels/accumulators.cuh"
-#include "kernels/batch_norm_stats.cuh"
+#include "kernels/finish.cuh"
 #include "kernels/layout.cuh"
 
 namespace bnfused {

@@ -14,6 +14,7 @@
 #include "kernels/batch_norm_backward.cuh"
 #include "kernels/batch_norm_stats.cuh"
 #include "kernels/on_chip.cuh"
+#include "kernels/source.cuh"
 
 namespace bnfused {
 
@@ -57,32 +58,15 @@ __device__ __forceinline__ Fetch<Body, ChannelUnits> fetch_of_next(const Body& b
   return {body, kept, {s, PlanesBlock(s, channel, block.part)}, kHasCopiesAsync && body.wide && channel < s.channels};
 }
 
-template <class T>
-struct XToKeep : XFromMemory<T> {
-  const OnChip<T>& kept;
-
-  __device__ __forceinline__ XToKeep(const XFromMemory<T>& x, const OnChip<T>& kept_)
-      : XFromMemory<T>(x), kept(kept_) {}
-  __device__ __forceinline__ void load(Pack<T>& pack, uint32_t unit, Span span, uint32_t step) const {
-    if (kept.has_fetched(step, span)) {
-      kept.get(step, 0, pack);
-    } else {
-      XFromMemory<T>::load(pack, unit, span, step);
-    }
-  }
-  __device__ __forceinline__ void keep(const Pack<T>& pack, Span span, uint32_t step) const {
-    if (kept.has(step) && !kept.has_fetched(step, span)) kept.put(step, 0, pack);
-  }
-};
-
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    batch_norm_resident_rows(StatsArgs<T> args, ForwardBody<T, Activation> body, ForwardConstants constants, Rows s,
+    batch_norm_resident_rows(StatsArgs<T> args, ForwardBody<T, Act> body, ForwardConstants constants, Rows s,
                              Residency residency) {
   using A = Accumulate<T>;
-  using Body = ForwardBody<T, Activation>;
+  using Body = ForwardBody<T, Act>;
   using Sums = Moments<A>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
+  const StatsBody<T> stats = args.body();
   OnChip<T> kept(shared, residency, 1);
   uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);  // of the tile's sums, then of its constants
   for (uint32_t tile = blockIdx.x / s.parts; tile < s.tiles; tile += residency.teams) {
@@ -90,9 +74,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const auto next = fetch_of_next(body, kept, s, thread, residency.teams, args.numel);
     kept.await();
     Sums sums[kUnit];
-    column_moments<T>(XToKeep<T>(args.from_memory(), kept), args.numel, s, thread, sums);
+    column_moments<T>(ToKeep<StatsBody<T>>{stats, kept}, args.numel, s, thread, sums);
     next.ahead();
-    merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+    merge_row_slots(sums, thread.row_slot, s.row_slots, thread.slot, s.tile, thread.active);
     const bool last =
         finish_for_team(sums, reinterpret_cast<Sums*>(table), args.partials, args.tickets, s, residency.cluster, thread,
                         [&](uint32_t c, const Sums& all) { args.finish(c, all); });
@@ -104,20 +88,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
-    batch_norm_resident_planes(StatsArgs<T> args, ForwardBody<T, Activation> body, ForwardConstants constants, Planes s,
+    batch_norm_resident_planes(StatsArgs<T> args, ForwardBody<T, Act> body, ForwardConstants constants, Planes s,
                                Residency residency) {
   using A = Accumulate<T>;
-  using Body = ForwardBody<T, Activation>;
+  using Body = ForwardBody<T, Act>;
   using Sums = Moments<A>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
+  const StatsBody<T> stats = args.body();
   OnChip<T> kept(shared, residency, 1);
   for (uint32_t channel = blockIdx.x / s.parts; channel < s.channels; channel += residency.teams) {
     const PlanesBlock block(s, channel, recomputed(blockIdx.x) % s.parts);
     const auto next = fetch_of_next(body, kept, s, block, residency.teams);
     kept.await();
-    Sums sums = plane_moments<T>(XToKeep<T>(args.from_memory(), kept), s, block);
+    Sums sums = plane_moments<T>(ToKeep<StatsBody<T>>{stats, kept}, s, block);
     next.ahead();
     merge_block(sums);
     const bool last = finish_for_team(sums, args.partials, args.tickets, s, residency.cluster, block,
@@ -128,11 +113,11 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
   }
 }
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    batch_norm_backward_resident_rows(GradArgs<T, Activation> args, Rows s, Residency residency) {
+    batch_norm_backward_resident_rows(GradArgs<T, Act> args, Rows s, Residency residency) {
   using A = Accumulate<T>;
-  using Body = BackwardBody<T, Activation>;
+  using Body = BackwardBody<T, Act>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
   OnChip<T> kept(shared, residency, args.body.tensors());
   uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);
@@ -146,7 +131,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     GradSums sums[kUnit];
     column_grad_sums(args.body, ToKeep<Body>{args.body, kept}, args.numel, s, thread, forward, false, sums);
     next.ahead();
-    merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+    merge_row_slots(sums, thread.row_slot, s.row_slots, thread.slot, s.tile, thread.active);
     finish_for_team(sums, reinterpret_cast<GradSums*>(forward_table + kUnit * s.tile), args.partials, args.tickets, s,
                     residency.cluster, thread,
                     [&](uint32_t c, const GradSums& all) { args.constants.template finish<A>(c, all); });
@@ -158,11 +143,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-template <class T, class Activation>
+template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>)
-    batch_norm_backward_resident_planes(GradArgs<T, Activation> args, Planes s, Residency residency) {
+    batch_norm_backward_resident_planes(GradArgs<T, Act> args, Planes s, Residency residency) {
   using A = Accumulate<T>;
-  using Body = BackwardBody<T, Activation>;
+  using Body = BackwardBody<T, Act>;
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
   OnChip<T> kept(shared, residency, args.body.tensors());
   for (uint32_t channel = blockIdx.x / s.parts; channel < s.channels; channel += residency.teams) {

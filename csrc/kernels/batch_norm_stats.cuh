@@ -8,25 +8,37 @@
 //   needs     workspace for the partials; tickets that are 0, and are 0 again afterwards
 #pragma once
 #include "kernels/accumulators.cuh"
+#include "kernels/finish.cuh"
 #include "kernels/layout.cuh"
-#include "kernels/pointwise.cuh"
+#include "kernels/source.cuh"
 
 namespace bnfused {
 
-// x as the statistics read it: all loads of a run are on their way before the first is kept.
+// x as the statistics read it; a body of the first pass (source.cuh). All loads of a run are started before the first
+// unit is kept.
 template <class T>
-struct XFromMemory {
+struct StatsBody {
+  using Value = T;
+  using Loaded = Pack<T>;
+
   const T* x;
   bool wide;
 
-  __device__ __forceinline__ void load(Pack<T>& pack, uint32_t unit, Span span, uint32_t /*step*/) const {
+  __device__ __forceinline__ void load(Pack<T>& pack, uint32_t unit, Span span) const {
     load_unit(pack, x + int64_t(unit) * kUnit, span, wide);
   }
-  __device__ __forceinline__ void keep(const Pack<T>&, Span, uint32_t /*step*/) const {}
+  __device__ __forceinline__ void receive(Pack<T>& pack, const OnChip<T>& kept, uint32_t step,
+                                          uint32_t /*unit*/) const {
+    kept.get(step, 0, pack);
+  }
+  __device__ __forceinline__ void keep(const Pack<T>& pack, const OnChip<T>& kept, uint32_t step, bool fetched) const {
+    if (!fetched) kept.put(step, 0, pack);
+  }
 };
 
-// What follows from it stays behind the branch in which it is asked for. The compiler would else compute both sides of
-// it and select, where nearly all units take the shorter one; or select between loads, and so wait for each.
+// Hides the span from the optimizer, so that code which depends on it stays in its branch. Otherwise the compiler
+// computes both sides of the branch and selects, where nearly all units take the shorter side, or it selects between
+// loads, and so waits for each.
 __device__ __forceinline__ Span behind_branch(Span span) { return {int(recomputed(uint32_t(span.begin))), span.end}; }
 
 // Moments of the 8 values of one column, over the thread's rows. `source` keeps the thread's units, counted in steps.
@@ -42,7 +54,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
   const uint32_t part_end = part_begin(s.rows, thread.part + 1, s.parts);
   const uint32_t end = part_end < rows ? part_end : rows;
   const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
-  uint32_t row = begin + thread.lane, done = 0;  // units
+  uint32_t row = begin + thread.row_slot, done = 0;  // units
   const Span whole = behind_branch({0, kUnit});
   A merged = 0;
   while (row < end) {
@@ -55,12 +67,12 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
         Pack<T> packs[kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-          const uint32_t r = row + i * s.lanes;
+          const uint32_t r = row + i * s.row_slots;
           if (r < end) source.load(packs[i], r * s.columns + thread.column, whole, done + i);
         }
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-          if (row + i * s.lanes < end) source.keep(packs[i], {0, kUnit}, done + i);
+          if (row + i * s.row_slots < end) source.keep(packs[i], {0, kUnit}, done + i);
         }
         if (step == 0) {
           const uint32_t beyond = recomputed(end);  // `end`: else the first pack is copied where others are not loaded
@@ -70,7 +82,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) {
               values[i] = value_of(packs[i], k);
-              if (row + i * s.lanes >= beyond) values[i] = values[0];
+              if (row + i * s.row_slots >= beyond) values[i] = values[0];
             }
             run[k].shift = mean_in_pairs(values) * scale;
           }
@@ -84,7 +96,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
 #pragma unroll
             for (int k = 0; k < kUnit; ++k) run[k].add(value_of(packs[i], k), scale);
             count += 1;
-            row += s.lanes;
+            row += s.row_slots;
             ++done;
           }
         }
@@ -102,7 +114,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
       if (overflowed == 0) break;
       left = overflowed;
       scale = kShrink;
-      row -= uint32_t(count) * s.lanes;
+      row -= uint32_t(count) * s.row_slots;
       done -= uint32_t(count);
       count = 0;
 #pragma unroll
@@ -212,74 +224,6 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
   return total;
 }
 
-// What batches leave behind, each of it where somebody keeps it.
-struct RunningStats {
-  PerChannel running_mean, running_var;
-  int64_t* num_batches_tracked = nullptr;
-  double momentum = 0;
-  bool cumulative = false;
-
-  RunningStats() = default;
-  template <class Args>
-  explicit RunningStats(const Args& args)
-      : running_mean(args.running_mean),
-        running_var(args.running_var),
-        num_batches_tracked(args.num_batches_tracked),
-        momentum(args.momentum),
-        cumulative(args.cumulative) {}
-
-  __device__ __forceinline__ void move(int64_t c, double mean, double unbiased_var) const {
-    const double weight = cumulative ? 1 / double(*num_batches_tracked + 1) : momentum;
-    write(running_mean, c, (1 - weight) * read(running_mean, c, 0) + weight * mean);
-    write(running_var, c, (1 - weight) * read(running_var, c, 0) + weight * unbiased_var);
-  }
-
-  // The last of `blocks` to come here has all of them behind it that read the counter, and counts this batch.
-  __device__ __forceinline__ void count_batch(unsigned* ticket, unsigned blocks) const {
-    if (num_batches_tracked == nullptr) return;
-    if (is_last_block(ticket, blocks) && threadIdx.x == 0) ++*num_batches_tracked;
-  }
-};
-
-// Everything that follows from the moments of one channel.
-struct FinishStats : RunningStats {
-  PackedMoments packed;  // of a part of a batch, and then nothing else is written; or none
-  double count;          // of a channel's values
-  double *mean, *invstd;
-  double eps;
-  double per_value, per_free_value;  // 1 / n, 1 / (n - 1), of the n values of a channel
-
-  explicit FinishStats(const TrainArgs& args)
-      : RunningStats(args),
-        count(double(args.problem.values_per_channel())),
-        mean(args.mean),
-        invstd(args.invstd),
-        eps(args.eps),
-        per_value(1 / double(args.problem.values_per_channel())),
-        per_free_value(1 / (double(args.problem.values_per_channel()) - 1)) {}
-
-  explicit FinishStats(const MomentsArgs& args)
-      : packed(args.moments),
-        count(double(args.problem.values_per_channel())),
-        mean(nullptr),
-        invstd(nullptr),
-        eps(0),
-        per_value(0),
-        per_free_value(0) {}
-
-  template <class A>
-  __device__ __forceinline__ void operator()(int64_t c, const Moments<A>& m) const {
-    if (packed) {
-      pack(packed, c, m.mean, m.m2, count);
-      if (c == 0) pack_count(packed, count);
-      return;
-    }
-    mean[c] = m.mean;
-    invstd[c] = 1 / sqrt(m.m2 * per_value + eps);
-    move(c, m.mean, m.m2 * per_free_value);
-  }
-};
-
 template <class T>
 struct StatsArgs {
   const T* x;
@@ -290,7 +234,7 @@ struct StatsArgs {
   unsigned* batch_ticket;  // to count the batch
   FinishStats finish;
 
-  __device__ __forceinline__ XFromMemory<T> from_memory() const { return {x, wide}; }
+  __device__ __forceinline__ StatsBody<T> body() const { return {x, wide}; }
 };
 
 template <class T>
@@ -298,8 +242,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>) batch_norm_stats
   using Sums = Moments<Accumulate<T>>;
   const RowsThread thread(s);
   Sums sums[kUnit];
-  column_moments<T>(args.from_memory(), args.numel, s, thread, sums);
-  merge_lanes(sums, thread.lane, s.lanes, thread.slot, s.tile, thread.active);
+  column_moments<T>(FromMemory<StatsBody<T>>{args.body()}, args.numel, s, thread, sums);
+  merge_row_slots(sums, thread.row_slot, s.row_slots, thread.slot, s.tile, thread.active);
   const bool last = finish_rows(sums, args.partials, args.tickets, s, thread,
                                 [&](uint32_t c, const Sums& all) { args.finish(c, all); });
   if (last) args.finish.count_batch(args.batch_ticket, s.domains());
@@ -309,7 +253,7 @@ template <class T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm<T>) batch_norm_stats_planes(StatsArgs<T> args, Planes s) {
   using Sums = Moments<Accumulate<T>>;
   const PlanesBlock block(s);
-  Sums sums = plane_moments<T>(args.from_memory(), s, block);
+  Sums sums = plane_moments<T>(FromMemory<StatsBody<T>>{args.body()}, s, block);
   merge_block(sums);
   const bool last = finish_channel(sums, args.partials, args.tickets, s, block,
                                    [&](uint32_t c, const Sums& all) { args.finish(c, all); });

@@ -5,8 +5,6 @@
 
 namespace bnfused {
 
-constexpr int kMaxThreads = 256;  // of a block; detail::kThreads in plan.h is the same bound
-
 // Exact for all n: the multiplier is too small by less than one part in 2^64, and so the product by less than 1.
 __device__ __forceinline__ uint64_t divide(uint64_t n, const Divisor& by) {
   const uint64_t quotient = __umul64hi(n, by.multiplier);
@@ -35,19 +33,19 @@ struct UnitAt {
   Span span;
 };
 
-// One thread's place in the rows layout: a column that it keeps, and every lanes-th row of its part.
+// One thread's place in the rows layout: a column that it keeps, and every row_slots-th row of its part.
 struct RowsThread {
   uint32_t column, slot;  // of the tensor, of the tile
-  uint32_t lane, tile, part;
+  uint32_t row_slot, tile, part;
   bool active;
 
   __device__ __forceinline__ explicit RowsThread(const Rows& s)
       : RowsThread(s, blockIdx.x % s.tiles, blockIdx.x / s.tiles) {}
   __device__ __forceinline__ RowsThread(const Rows& s, uint32_t tile_, uint32_t part_) : tile(tile_), part(part_) {
-    lane = threadIdx.x / s.tile;
+    row_slot = threadIdx.x / s.tile;
     slot = threadIdx.x % s.tile;
     column = tile * s.tile + slot;
-    active = lane < s.lanes && column < s.columns;
+    active = row_slot < s.row_slots && column < s.columns;
   }
 };
 
@@ -58,7 +56,7 @@ struct ColumnUnits {
   int64_t numel;
 
   __device__ __forceinline__ UnitAt operator()(uint32_t step) const {
-    const uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.lane + step * s.lanes;
+    const uint32_t row = part_begin(s.rows, thread.part, s.parts) + thread.row_slot + step * s.row_slots;
     const uint32_t unit = row * s.columns + thread.column;
     const bool has_row = thread.active && row < part_begin(s.rows, thread.part + 1, s.parts);
     return {unit, has_row ? span_of(unit, numel) : Span{0, 0}};
@@ -108,22 +106,23 @@ struct ChannelUnits {
   }
 };
 
-// Merges `sums` of all lanes of a slot into lane 0, as a tree of fixed shape. All threads of the block call it; a
-// slot's thread is `lane * slots + slot`. With kValues sums in each thread, slots * lanes must not exceed kMaxThreads.
+// Merges the sums of all row slots of a column into row slot 0, as a tree of fixed shape. All threads of the block call
+// it. Thread `row_slot * columns + column` has the sums of that row slot. With kValues sums in each thread,
+// columns * row_slots must not exceed kMaxThreads.
 template <class Sums, int kValues>
-__device__ __forceinline__ void merge_lanes(Sums (&sums)[kValues], uint32_t lane, uint32_t lanes, uint32_t slot,
-                                            uint32_t slots, bool active) {
+__device__ __forceinline__ void merge_row_slots(Sums (&sums)[kValues], uint32_t row_slot, uint32_t row_slots,
+                                                uint32_t column, uint32_t columns, bool active) {
   BNFUSED_SHARED(Sums, others, [kValues][kMaxThreads / 2]);
-  for (uint32_t n = lanes; n > 1;) {
+  for (uint32_t n = row_slots; n > 1;) {
     const uint32_t half = (n + 1) / 2;
-    if (active && lane >= half && lane < n) {
+    if (active && row_slot >= half && row_slot < n) {
 #pragma unroll
-      for (int k = 0; k < kValues; ++k) others[k][(lane - half) * slots + slot] = sums[k];
+      for (int k = 0; k < kValues; ++k) others[k][(row_slot - half) * columns + column] = sums[k];
     }
     __syncthreads();
-    if (lane + half < n) {  // what is not active gathers what nobody reads
+    if (row_slot + half < n) {  // what is not active gathers what nobody reads
 #pragma unroll
-      for (int k = 0; k < kValues; ++k) sums[k].merge(others[k][lane * slots + slot]);
+      for (int k = 0; k < kValues; ++k) sums[k].merge(others[k][row_slot * columns + column]);
     }
     __syncthreads();  // the next round writes what this one reads
     n = half;
@@ -136,7 +135,8 @@ __device__ __forceinline__ void merge_block(Sums& sums) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) sums.merge(shuffle_xor(sums, lanes));
   Sums of_warp[1] = {sums};
-  merge_lanes(of_warp, threadIdx.x / 32, blockDim.x / 32, 0, 1, threadIdx.x % 32 == 0);
+  const uint32_t warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  merge_row_slots(of_warp, warp, warps, 0, 1, threadIdx.x % 32 == 0);
   sums = of_warp[0];
 }
 
@@ -196,25 +196,25 @@ template <class Sums, int kLoads, class Load, class Finish>
 __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t partials, Load load, Finish finish) {
   const uint32_t at_once = channels < blockDim.x ? channels : blockDim.x;
   const uint32_t most = blockDim.x / at_once;
-  const uint32_t lanes = partials < most ? partials : most;
-  const uint32_t lane = threadIdx.x / at_once;
+  const uint32_t row_slots = partials < most ? partials : most;
+  const uint32_t row_slot = threadIdx.x / at_once;
   for (uint32_t base = 0; base < channels; base += at_once) {
-    const uint32_t slot = threadIdx.x % at_once;
-    const bool active = base + slot < channels;  // merge_lanes leaves out the lanes beyond `lanes`
+    const uint32_t column = threadIdx.x % at_once;
+    const bool active = base + column < channels;  // merge_row_slots leaves out the row_slots beyond `row_slots`
     Sums sums[1] = {};
-    for (uint32_t first = lane; active && first < partials; first += kLoads * lanes) {
+    for (uint32_t first = row_slot; active && first < partials; first += kLoads * row_slots) {
       Sums batch[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        if (first + i * lanes < partials) batch[i] = load(base + slot, first + i * lanes);
+        if (first + i * row_slots < partials) batch[i] = load(base + column, first + i * row_slots);
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        if (first + i * lanes < partials) sums[0].merge(batch[i]);  // else it merges nothing
+        if (first + i * row_slots < partials) sums[0].merge(batch[i]);  // else it merges nothing
       }
     }
-    merge_lanes(sums, lane, lanes, slot, at_once, active);
-    if (active && lane == 0) finish(base + slot, sums[0]);
+    merge_row_slots(sums, row_slot, row_slots, column, at_once, active);
+    if (active && row_slot == 0) finish(base + column, sums[0]);
   }
 }
 
@@ -224,7 +224,7 @@ template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* partials, unsigned* tickets, const Rows& s,
                                             const RowsThread& thread, Finish finish) {
   const int64_t columns = int64_t(s.columns) * kUnit;
-  if (thread.active && thread.lane == 0) {
+  if (thread.active && thread.row_slot == 0) {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) partials[thread.part * columns + thread.column * kUnit + k] = sums[k];
   }
@@ -245,7 +245,7 @@ __device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* par
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_tile(const Sums (&sums)[kUnit], Sums* of_columns, const Rows& s,
                                             const RowsThread& thread, Finish finish) {
-  if (thread.lane == 0) {
+  if (thread.row_slot == 0) {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) of_columns[thread.slot * kUnit + k] = sums[k];
   }

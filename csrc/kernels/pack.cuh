@@ -2,10 +2,9 @@
 // 16-byte accesses where the tensor allows it, else value by value.
 #pragma once
 #include "kernels/platform.cuh"
+#include "plan_shapes.h"
 
 namespace bnfused {
-
-constexpr int kUnit = 8;  // values
 
 // Blocks of kMaxThreads threads that fit an SM at once: 128 registers for each thread. Twice as wide values take more.
 template <class T>

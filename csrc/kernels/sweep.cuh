@@ -1,31 +1,10 @@
 // The pass over a tensor that applies: every unit is visited once, last-read first, with the constants of its channels.
 //
-// A Body says what happens to a unit:
-//   Constants                                 what it needs to know of a channel
-//   kLoads                                    units that a thread loads before it uses the first
-//   kUnrolled                                 each of them has code of its own, else they take turns
-//   Loaded                                    a unit's values, while several are on their way
-//   load(Loaded&, unit, span)                 from memory
-//   store(Loaded&, unit, span, constants_of)  constants_of(k) are the Constants of value k
-// and `constants(channel, owns)` makes the Constants; `owns` is true in one block for each channel, which may then
-// write what belongs to the channel.
+// source.cuh says what a Body is, and where a pass finds its units.
 #pragma once
-#include "kernels/layout.cuh"
+#include "kernels/source.cuh"
 
 namespace bnfused {
-
-// The tensors as a pass reads them, from memory. A thread's units are counted in steps.
-template <class Body>
-struct FromMemory {
-  const Body& body;
-
-  __device__ __forceinline__ void load(typename Body::Loaded& loaded, uint32_t unit, Span span,
-                                       uint32_t /*step*/) const {
-    body.load(loaded, unit, span);
-  }
-  __device__ __forceinline__ void keep(const typename Body::Loaded&, Span, uint32_t /*step*/) const {}
-  __device__ __forceinline__ void used(uint32_t /*step*/) const {}
-};
 
 // Calls f(i, loaded[i]) for each of the units that a thread has loaded, with code of its own for each if they are to be
 // unrolled. Else in a loop, through which they move to the front: registers have no index.
@@ -56,12 +35,12 @@ __device__ __forceinline__ void sweep_column(const Body& body, const Source& sou
   const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
   const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
   // Rows of this thread, counted from the last.
-  const uint32_t rows = (end - begin + s.lanes - 1 - thread.lane) / s.lanes;
+  const uint32_t rows = (end - begin + s.row_slots - 1 - thread.row_slot) / s.row_slots;
   for (uint32_t done = 0; done < rows; done += kLoads) {
     typename Body::Loaded loaded[kLoads];
     const auto step_of = [&](int i) { return rows - 1 - done - i; };
     const auto unit_of = [&](int i) {
-      return (begin + thread.lane + step_of(i) * s.lanes) * s.columns + thread.column;
+      return (begin + thread.row_slot + step_of(i) * s.row_slots) * s.columns + thread.column;
     };
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

@@ -46,7 +46,7 @@ Strategy strategy_of(const std::string& name) {
 py::dict describe(const Rows& s) {
   return py::dict(py::arg("channels") = s.channels, py::arg("copies") = s.copies, py::arg("columns") = s.columns,
                   py::arg("rows") = s.rows, py::arg("tile") = s.tile, py::arg("tiles") = s.tiles,
-                  py::arg("lanes") = s.lanes, py::arg("parts") = s.parts, py::arg("threads") = s.threads,
+                  py::arg("row_slots") = s.row_slots, py::arg("parts") = s.parts, py::arg("threads") = s.threads,
                   py::arg("blocks") = s.blocks());
 }
 
@@ -79,7 +79,7 @@ py::list describe_launches(const LaunchPlan& plan) {
     shape["cluster"] = r.cluster;
     shape["steps"] = r.steps;
     shape["ahead"] = r.ahead;
-    shape["shared_bytes"] = r.keeps_bytes + (planes ? 0 : detail::table_bytes(plan.reduce_rows));
+    shape["shared_bytes"] = r.keeps_bytes + (planes ? 0 : planning::table_bytes(plan.reduce_rows));
     add(name_of(plan.strategy), shape);
   }
   if (plan.strategy == Strategy::kStreaming || plan.strategy == Strategy::kReduce) {

@@ -96,7 +96,8 @@ def build(folder: Path, **environment: str) -> None:
 
 def inspect(folder: Path, tools: str) -> list[str]:
     """Print a table of the kernels; return what breaks a rule."""
-    threads = machine_code.block_size(sorted((ROOT / "csrc" / "kernels").glob("*.cuh")))
+    sources = [ROOT / "csrc" / "plan_shapes.h", *sorted((ROOT / "csrc" / "kernels").glob("*.cuh"))]
+    threads = machine_code.block_size(sources)
     kernels = machine_code.read(sorted((folder / "objects" / "kernels").glob("*.o")), tools, os.cpu_count() or 1)
     kernels = list(dict.fromkeys(kernels))  # a kernel that is no template is in every object
     archs = sorted({kernel.arch for kernel in kernels}, key=lambda arch: int(arch.removeprefix("sm_")))

@@ -113,7 +113,7 @@ def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
 
 
 def block_size(sources: Iterable[Path]) -> int:
-    """``kMaxThreads`` of the kernels' sources; it is what the counts of blocks stand for.
+    """``kMaxThreads`` of the plan and the kernels' sources; it is what the counts of blocks stand for.
 
     Raises:
         ValueError: it is not there once, or a kernel does not promise it to the compiler.

@@ -40,7 +40,7 @@ SANITIZERS = {
 DEVICE = tuple(HERE / f"{name}.cpp" for name in ("emulated_device", "fiber", "guarded_buffer"))
 # Of a machine without a toolkit: the headers of the runtime, of the compiler, and nv/target.
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88", "nvidia-cuda-cccl==13.0.85")
-LAUNCHERS = tuple(ROOT / "csrc" / "cuda" / f"batch_norm_{op}.cu" for op in ("stats", "train", "apply", "backward"))
+LAUNCHERS = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 PROGRAMS = {
     "faulty_kernels": (HERE / "faulty_kernels.cpp",),
     "run_launchers": (HERE / "run_launchers.cpp", *LAUNCHERS),

@@ -45,10 +45,10 @@ class DeviceMemory {
     return add(name, p, bytes, true, true);
   }
   PerChannel input(const char* name, const PerChannel& t, int64_t channels) {
-    return {input(name, t.data, channels * detail::size_of(t.dtype)), t.dtype};
+    return {input(name, t.data, channels * planning::size_of(t.dtype)), t.dtype};
   }
   PerChannel output(const char* name, const PerChannel& t, int64_t channels) {
-    return {output(name, t.data, channels * detail::size_of(t.dtype)), t.dtype};
+    return {output(name, t.data, channels * planning::size_of(t.dtype)), t.dtype};
   }
   PackedMoments output(const PackedMoments& host, int64_t channels) {
     const PerChannel& first = host.mean;
@@ -56,7 +56,7 @@ class DeviceMemory {
                      first.dtype);
   }
   PerChannel updated(const char* name, const PerChannel& t, int64_t channels) {
-    return {updated(name, t.data, channels * detail::size_of(t.dtype)), t.dtype};
+    return {updated(name, t.data, channels * planning::size_of(t.dtype)), t.dtype};
   }
 
   void copy_back() {
@@ -132,7 +132,7 @@ void choose_schedule() {
 
 void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "emulated device: ", emulator::report()); }
 
-int64_t bytes_of(const Problem& p) { return p.numel() * detail::size_of(p.dtype); }
+int64_t bytes_of(const Problem& p) { return p.numel() * planning::size_of(p.dtype); }
 
 // With the strategy that the tests force, or the planner's choice.
 template <class PlanFor, class Launch>

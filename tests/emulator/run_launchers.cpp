@@ -181,7 +181,7 @@ struct RunningArgs {
 class Memory {
  public:
   void* numbers(const char* name, int64_t count, DType dtype, size_t phase = 0) {
-    GuardedBuffer& buffer = add(name, count * detail::size_of(dtype), phase);
+    GuardedBuffer& buffer = add(name, count * planning::size_of(dtype), phase);
     for (int64_t i = 0; i < count; ++i) {
       random_ = random_ * 6364136223846793005u + 1442695040888963407u;
       store(buffer, i, dtype, static_cast<double>(random_ >> 40) / (1 << 23) - 1);  // in [-1, 1)
@@ -197,11 +197,11 @@ class Memory {
     return results_.back()->data();
   }
   PerChannel result(const char* name, int64_t channels, DType dtype) {
-    return {result(name, channels * detail::size_of(dtype)), dtype};
+    return {result(name, channels * planning::size_of(dtype)), dtype};
   }
   // Numbers that the launch changes, not negative.
   PerChannel updated(const char* name, int64_t channels, DType dtype) {
-    void* p = result(name, channels * detail::size_of(dtype));
+    void* p = result(name, channels * planning::size_of(dtype));
     std::memset(p, 0, results_.back()->bytes());
     return {p, dtype};
   }
@@ -292,7 +292,7 @@ cudaError_t gather(const Case& c, const void* x, const RunningArgs& running, dou
 // The forward, and the backward that belongs to it; what both wrote is in `memory`.
 cudaError_t run(const Case& c, Memory& memory) {
   const Problem& p = c.problem;
-  const int64_t n = p.numel(), bytes = n * detail::size_of(p.dtype);
+  const int64_t n = p.numel(), bytes = n * planning::size_of(p.dtype);
   const auto doubles = p.channels * static_cast<int64_t>(sizeof(double));
   const bool masked = c.residual && c.activation == kReLU;
   const DType parameters = p.dtype == kDouble ? kDouble : kFloat;

@@ -78,8 +78,8 @@ def check_rows(shape: dict[str, int], problem: dict[str, int]) -> None:
     assert shape["columns"] * (shape["rows"] - 1) < units <= shape["columns"] * shape["rows"]
     assert (shape["tiles"] - 1) * shape["tile"] < shape["columns"] <= shape["tiles"] * shape["tile"]
     assert 1 <= shape["parts"] <= shape["rows"]
-    assert shape["lanes"] >= 1
-    assert shape["tile"] * shape["lanes"] <= shape["threads"]
+    assert shape["row_slots"] >= 1
+    assert shape["tile"] * shape["row_slots"] <= shape["threads"]
 
 
 def check_planes(shape: dict[str, int], problem: dict[str, int]) -> None:

@@ -67,7 +67,7 @@ PYTHON = {
 # Each part of csrc: which others it may include, and which outside headers.
 STANDARD = r"[a-z_]+|c[a-z]+|emmintrin\.h|immintrin\.h|sys/[a-z]+\.h|unistd\.h"
 CPP = {
-    "bridge": ({"bridge"}, STANDARD),  # batch_norm.h and plan.h: every compiler may include them
+    "bridge": ({"bridge"}, STANDARD),  # batch_norm.h and plan*.h: every compiler may include them
     "kernels": ({"kernels", "platform", "bridge"}, STANDARD),
     "platform": ({"emulator"}, STANDARD + r"|cuda[a-z_0-9]*\.h|cooperative_groups.*|emulated_device\.h"),
     "cuda": ({"cuda", "kernels", "platform", "bridge"}, STANDARD),
@@ -97,7 +97,7 @@ def part_of(path: str) -> str | None:
     if not p.parts or p.parts[0] != "csrc":
         return None
     if len(p.parts) == 2:
-        return "bridge" if p.name in ("batch_norm.h", "plan.h") else None
+        return "bridge" if p.name in ("batch_norm.h", "plan.h", "plan_resident.h", "plan_shapes.h") else None
     if p.name == "platform.cuh":
         return "platform"
     if path in CPU_PLAN:

@@ -29,8 +29,8 @@ _SAME = {
         batch_norm_stats.cuh: < off by one: number_of(step) < block.end
         batch_norm_stats.cuh: > off by one: rest.end > 0
         batch_norm_stats.cuh: && without: rest.end > 0
-        layout.cuh: if always: first + i * lanes < partials (again, 1)
-        layout.cuh: < off by one: first + i * lanes < partials (again, 1)
+        layout.cuh: if always: first + i * row_slots < partials (again, 1)
+        layout.cuh: < off by one: first + i * row_slots < partials (again, 1)
         layout.cuh: ? never: partials < most
         layout.cuh: < off by one: base < channels
         layout.cuh: < off by one: first < partials
@@ -63,14 +63,14 @@ _SAME = {
         batch_norm_backward.cuh: < off by one: r < end (again, 1)
         batch_norm_backward.cuh: && without: unit < units (again, 1)
         batch_norm_backward.cuh: < off by one: unit < units (again, 1)
-        batch_norm_stats.cuh: if always: row + i * s.lanes < end
-        batch_norm_stats.cuh: < off by one: row + i * s.lanes < end
+        batch_norm_stats.cuh: if always: row + i * s.row_slots < end
+        batch_norm_stats.cuh: < off by one: row + i * s.row_slots < end
     """,
     "it writes what is there": """
         batch_norm_stats.cuh: missing: total[k].count = merged;
         batch_norm_backward.cuh: if always: !fetched
         batch_norm_backward.cuh: if never: fetched
-        batch_norm_resident.cuh: && without: !kept.has_fetched(step, span)
+        batch_norm_stats.cuh: if always: !fetched
     """,
     "float64 does not need it, and is as accurate with it": """
         accumulators.cuh: < off by one: sizeof(A) < sizeof(double)
@@ -82,7 +82,7 @@ _SAME = {
     """,
     "the shift is then another of the values, or is moved by next to nothing, and what rests on it is mended": """
         batch_norm_stats.cuh: if always: step == kStepsToCenter
-        batch_norm_stats.cuh: if always: row + i * s.lanes >= beyond
+        batch_norm_stats.cuh: if always: row + i * s.row_slots >= beyond
         batch_norm_stats.cuh: if always: count == 0
         batch_norm_stats.cuh: if always: pass == 1
         batch_norm_stats.cuh: < off by one: k < span.begin
