@@ -1,4 +1,4 @@
-// Eval forward, and the apply of the training forward: one launch.
+// The forward with given statistics, and the apply of the training forward: one launch.
 #include "cuda/apply.h"
 #include "cuda/dispatch.h"
 

@@ -1,4 +1,4 @@
-// Backward: sums, then the gradients that wait for them, in one launch or two.
+// The backward, in one launch or two: sums, then the gradients that depend on them.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/workspace.h"
@@ -33,7 +33,7 @@ GradArgs<T, Act> grad_args(const BackwardArgs& args, const LaunchPlan& plan, Wor
   return g;
 }
 
-// In one launch.
+// Sums and gradients in one launch.
 template <class T, class Act>
 cudaError_t resident(const GradArgs<T, Act>& args, const LaunchPlan& plan, cudaStream_t stream) {
   static_assert(std::max(sizeof(Affine<Accumulate<T>>) + sizeof(GradSums), sizeof(GradAffine<Accumulate<T>>)) <=
@@ -44,7 +44,7 @@ cudaError_t resident(const GradArgs<T, Act>& args, const LaunchPlan& plan, cudaS
   return launch_resident(plan, plan.reduce_rows, stream, batch_norm_backward_resident_rows<T, Act>, args);
 }
 
-// `write_gradients`: the gradients of the tensors do not depend on the sums, and the same pass stores them.
+// `write_gradients` says that the gradients of the tensors do not depend on the sums, so that this pass stores them.
 template <class T, class Act>
 cudaError_t reduce(const GradArgs<T, Act>& args, const LaunchPlan& plan, bool write_gradients, cudaStream_t stream) {
   if (plan.layout == Layout::kPlanes) {

@@ -1,4 +1,5 @@
-// Statistics: of the batch for the training forward; of a part of it; and of the whole from those of its parts.
+// Launches of the statistics: of a batch for the training forward, of a part of a batch, and of a whole batch from the
+// moments of its parts.
 #include "cuda/dispatch.h"
 #include "cuda/stats.h"
 #include "kernels/batch_norm_gather_stats.cuh"

@@ -1,4 +1,4 @@
-// Training forward: one launch, or statistics, then apply.
+// The training forward: everything in one launch, or one for the statistics and one that applies them.
 #include "cuda/apply.h"
 #include "cuda/dispatch.h"
 #include "cuda/stats.h"
@@ -21,7 +21,7 @@ ForwardConstants constants_of(const TrainArgs& args) {
   return {args.weight, args.bias, args.mean, args.invstd, {}, {}, nullptr, nullptr, args.eps};
 }
 
-// In one launch.
+// Statistics and apply in one launch.
 template <class T>
 cudaError_t resident(const TrainArgs& args, const LaunchPlan& plan, Workspace workspace, cudaStream_t stream) {
   return with_activation(args.epilogue, [&](auto activation) {

@@ -1,5 +1,5 @@
-// The CUDA backend: plan and raw pointers in, kernels launched on a stream. No framework: csrc/ops/cuda.cpp calls it
-// for torch, tests/emulator calls the same code on the CPU.
+// The CUDA backend: takes a plan and raw pointers, and launches kernels on a stream. It includes no framework.
+// csrc/ops/cuda.cpp calls it for torch, and tests/emulator calls the same code on the CPU.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -8,8 +8,9 @@
 
 namespace bnfused::cuda {
 
-// Memory that a launch needs beside its arguments. `partials`: workspace_bytes(), of any content. `tickets`: as many as
-// the plan says, 0 before and after, not shared with a launch on another stream.
+// Memory that a launch needs in addition to its arguments. `partials` has workspace_bytes() of any content. `tickets`
+// has as many counters as the plan says. They are 0 before and after the launch, and no launch on another stream may
+// share them.
 struct Workspace {
   void* partials;
   unsigned* tickets;
@@ -22,15 +23,16 @@ BackwardRequest request_of(const BackwardArgs&);
 
 int64_t workspace_bytes(const LaunchPlan&, const Problem&);
 
-// What the launch returned; errors of the kernels themselves show up later, as always.
+// These return the error of the launch. An error inside a kernel is reported by a later CUDA call.
 cudaError_t batch_norm_train(const TrainArgs&, const LaunchPlan&, Workspace, cudaStream_t);
 cudaError_t batch_norm_apply(const ApplyArgs&, const LaunchPlan&, cudaStream_t);
 cudaError_t batch_norm_stats(const MomentsArgs&, const LaunchPlan&, Workspace, cudaStream_t);
 cudaError_t batch_norm_gather_stats(const GatherArgs&, unsigned* ticket, cudaStream_t);
 cudaError_t batch_norm_backward(const BackwardArgs&, const LaunchPlan&, Workspace, cudaStream_t);
 
-// Launches by the plan for `device`. One that others share may have less room than its limits say for blocks that wait
-// for each other: then by the plan for one without clusters, and then for one where none wait.
+// Launches by the plan for `device`. If the device also has other work, it may have less room for blocks that wait for
+// each other than its limits say. Then this takes the plan for a device without clusters. If that does not fit either,
+// it takes the plan for a device whose blocks cannot wait for each other.
 template <class PlanFor, class Launch>
 cudaError_t launch_planned(DeviceLimits device, PlanFor plan_for, Launch launch) {
   for (;;) {

@@ -1,5 +1,5 @@
-// The statistics of the training forward and of a part of a batch: the same kernels, compiled once, in
-// batch_norm_stats.cu.
+// The launch of the statistics kernels, for the training forward and for a part of a batch. The kernels are compiled
+// once, in batch_norm_stats.cu.
 #pragma once
 #include "cuda/launch.h"
 #include "cuda/workspace.h"

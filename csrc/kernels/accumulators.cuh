@@ -1,11 +1,11 @@
-// What the reductions add up: the moments of x, and the two sums of the backward. Both are merged in a fixed order, so
-// that results repeat bit by bit.
+// The accumulators of the reductions: the moments of x, and the two sums of the backward. Both are merged in a fixed
+// order, so that results repeat bit by bit.
 //
-// Accuracy: values are added in float32 (float64 for float64) over a short run only, as differences from a value near
-// their mean, and the runs are merged in float64 by Chan's formula. A run's shift is the mean of its first values,
-// never one sample: with n values about a shift that is off by d, the variance loses n * d^2 * 2^-24, and an outlier
-// among the first 8 that puts the shift off by d adds (8 d)^2 to the variance itself. Source: Chan, Golub, LeVeque,
-// "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+// Accuracy: values are added in float32 (float64 for float64) over a short run only, as differences from a shift near
+// their mean. The runs are merged in float64 by Chan's formula. The shift of a run is the mean of its first values, and
+// never a single value. With n values, a shift that is off by d costs the variance n * d^2 * 2^-24. If one outlier
+// among the first 8 values caused that, it adds (8 d)^2 to the variance by itself, so the relative loss stays small.
+// Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 #pragma once
 #include <cfloat>
 
@@ -13,8 +13,8 @@
 
 namespace bnfused {
 
-// Count, mean and sum of squared differences from the mean. A counts in float: the ratio of two counts weighs a
-// difference of means, which 24 bits suffice for. float64 tensors count in double.
+// Count, mean, and sum of squared differences from the mean (m2). The count is a float, except for float64 tensors: the
+// ratio of two counts only weighs a difference of means, and 24 bits suffice for that.
 template <class A>
 struct Moments {
   double mean = 0, m2 = 0;
@@ -25,13 +25,13 @@ struct Moments {
     const A total = count + other.count;
     const double ratio = quotient(other.count, total);
     const double delta = other.mean - mean;
-    mean = count == 0 ? other.mean : mean + delta * ratio;  // exact for the first, also where 0 * infinity comes in
+    mean = count == 0 ? other.mean : mean + delta * ratio;  // the first is exact, even if it is infinite
     m2 = count == 0 ? other.m2 : m2 + (other.m2 + delta * delta * (count * ratio));
     count = total;
   }
 };
 
-// Of a power of two of values.
+// The sum of kValues values. kValues is a power of two.
 template <class A, int kValues>
 __device__ __forceinline__ A sum_in_pairs(A (&sums)[kValues]) {
 #pragma unroll
@@ -42,8 +42,8 @@ __device__ __forceinline__ A sum_in_pairs(A (&sums)[kValues]) {
   return sums[0];
 }
 
-// For equal values it is that value exactly, so that the variance of a constant is exactly 0 and its normalized value
-// exactly `bias`.
+// The mean of values that are all equal is exactly that value. So the variance of a constant is exactly 0, and its
+// normalized value is exactly `bias`.
 template <class A, int kValues>
 __device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
   A parts[kValues];
@@ -52,28 +52,30 @@ __device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
   return sum_in_pairs(parts);
 }
 
-// A run is centered again after this many of its steps: an outlier D among the first 2 values puts their mean, the
-// shift, off by D / 2, and the roundings of the sum, which grow with that, enter the variance with it once more. The
-// mean of 8 leaves D / 8 of it.
+// A run moves its shift after this many steps. An outlier D among the first 2 values puts their mean, which is the
+// shift, off by D / 2. The rounding errors of the sum grow with that, and enter the variance multiplied by it once
+// more. The mean of 8 values is off by D / 8 only.
 constexpr int kStepsToCenter = 4;
-// A run ends after this many times the loads that a thread starts together: 64 values of 2 bytes.
+// A run ends after this many steps. Each step has the loads that a thread starts together, so a run of 2-byte values
+// has 64 of them.
 constexpr int kStepsOfRun = 16;
 
-// Squares of float32 overflow from 2^64 on. A run whose squares did is added up again with its values times this: the
-// squares of 64 differences, which are below 2^129, then stay below 2^120, and the largest, from 2^61 on, above 2^-22.
+// Squares of float32 overflow from 2^64 on. If the squares of a run did, the run is summed again with its values times
+// this factor. Differences are below 2^129, so the sum of 64 squares then stays below 2^120. The largest difference is
+// at least 2^61, so its square is above 2^-22.
 constexpr float kShrink = 0x1p-72f;
 
-// A short run of values, as differences from its shift, added up in Sum; all of it times the scale, which is 1 or
-// kShrink.
+// A short run of values. It sums differences from its shift, and their squares, in the type Sum. Everything is
+// multiplied by the scale, which is 1 or kShrink.
 template <class A, class Sum>
 struct Run {
   A shift = 0;
   Sum sum = 0, squares = 0;
 
-  // Also where the squares are NaN, of an infinite shift or sum.
+  // True for NaN too, which comes from an infinite shift or sum.
   __device__ __forceinline__ bool overflowed() const { return sizeof(A) < sizeof(double) && !(squares <= FLT_MAX); }
 
-  // Scaled without another rounding, and before a difference could overflow.
+  // The fma scales without another rounding, and before the difference could overflow.
   __device__ __forceinline__ A difference(A value, A scale) const { return fma(value, scale, -shift); }
 
   __device__ __forceinline__ void add(A value, A scale) {
@@ -82,7 +84,7 @@ struct Run {
     squares = fma(d, d, squares);
   }
 
-  // Moves the shift to the mean of the `count` values so far.
+  // Moves the shift to the mean of the `count` values that were added so far.
   __device__ __forceinline__ void recenter(A count) {
     const A target = shift + quotient(sum, count), moved = target - shift;
     const Sum rest = fma(-count, moved, sum);
@@ -103,7 +105,7 @@ struct Run {
   }
 };
 
-// Sums over the values of a channel of g and of g * (x - mean), where g is the gradient before the activation.
+// The sums of g and of g * (x - mean) over the values of a channel. g is the gradient before the activation.
 struct GradSums {
   double g = 0, g_d = 0;
 

@@ -1,7 +1,7 @@
 // The forward once the statistics are known: y = act((x - mean) * invstd * weight + bias + residual).
 //
-//   computes  y, and the ReLU mask where a backward will want it; in eval mode invstd from the running variance
-//   moves     reads x (and the residual) once; writes y once, and a bit for each value of the mask
+//   computes  y, and the ReLU mask if a backward will need it; in eval mode also invstd, from the running variance
+//   moves     reads x (and the residual) once; writes y once, and one bit of the mask for each value
 //   blocks    Rows: a tile of columns x a part of the rows. Planes: a run of units
 //   needs     mean and invstd of the batch, or running statistics
 #pragma once
@@ -11,12 +11,12 @@
 
 namespace bnfused {
 
-// Where the constants of the forward come from: this batch, or what runs.
+// Where the constants of the forward come from: the statistics of this batch, or the running statistics.
 struct ForwardConstants {
   PerChannel weight, bias;
-  const double *mean, *invstd;  // of the batch, or nullptr
+  const double *mean, *invstd;  // of the batch; nullptr if the running statistics are used
   PerChannel running_mean, running_var;
-  double *saved_mean, *saved_invstd;  // out, of the running statistics, or nullptr
+  double *saved_mean, *saved_invstd;  // out, from the running statistics; or nullptr
   double eps;
 
   template <class A>
@@ -48,9 +48,9 @@ struct ForwardBody {
     Pack<T> x, residual;
   };
 
-  const T *x, *residual;  // residual: or nullptr
+  const T *x, *residual;  // residual may be nullptr
   T* y;
-  uint8_t* mask;  // bit k of byte u is value k of unit u; or nullptr
+  uint8_t* mask;  // bit k of byte u belongs to value k of unit u; may be nullptr
   bool wide;
   Act activation;
 
@@ -63,7 +63,7 @@ struct ForwardBody {
     kept.fetch(step, 0, x + int64_t(unit) * kUnit);
   }
 
-  // x was kept; the residual is read here only.
+  // x was kept. Only this pass reads the residual.
   __device__ __forceinline__ void recall(Loaded& loaded, const OnChip<T>& kept, uint32_t step, uint32_t unit,
                                          Span span) const {
     kept.get(step, 0, loaded.x);

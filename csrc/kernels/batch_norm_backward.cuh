@@ -1,16 +1,17 @@
-// The backward. With g the gradient before the activation and d = x - mean:
+// The backward. g is the gradient before the activation, and d = x - mean:
 //
-//   grad_bias = sum g    grad_weight = invstd * sum g * d    grad_residual = g
-//   grad_x = g * scale + d * slope + offset, with scale = weight * invstd and, in training,
-//   slope = -scale * invstd^2 * sum(g * d) / n, offset = -scale * sum(g) / n, with the sums and n of the whole batch,
-//   of which x may be a part; otherwise both are 0
+//   grad_bias = sum(g)    grad_weight = invstd * sum(g * d)    grad_residual = g
+//   grad_x = g * scale + d * slope + offset    with scale = weight * invstd
+//   slope = -scale * invstd^2 * sum(g * d) / n    offset = -scale * sum(g) / n
 //
-//   reduce  reads grad_y, x and what the activation needs (the residual, or the mask) once; writes a GradSums for each
-//           channel and part; where the statistics were given, writes the gradients of the tensors in the same pass
-//   apply   reads the same once more, writes grad_x and grad_residual
+// In training, the sums and n are those of the whole batch, of which x may be a part. Otherwise slope and offset are 0.
+//
+//   reduce  reads once grad_y, x, and the residual or the mask that the activation needs; writes a GradSums for each
+//           channel and part; if the statistics were given, writes the gradients of the tensors in the same pass
+//   apply   reads the same once more; writes grad_x and grad_residual
 //   blocks  Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units; apply: a run of
 //           units
-//   needs   workspace for the partials and for slope and offset; tickets that are 0, and are 0 again afterwards
+//   needs   workspace for the partials and for slope and offset; tickets that are 0 before and after
 //
 // batch_norm_resident.cuh does both in one launch.
 #pragma once
@@ -31,14 +32,14 @@ struct GradAffine {
   A slope, offset;
 };
 
-// Everything that follows from the sums of one channel, and the constants of the apply.
+// Computes and writes everything that follows from the sums of one channel, and makes the constants of the apply.
 struct BackwardConstants {
   PerChannel weight, bias;
   const double *mean, *invstd;
-  PerChannel grad_weight, grad_bias;   // out, each or none
-  Slope* slopes;                       // (channels), nullptr where grad_x waits for no sums over x
+  PerChannel grad_weight, grad_bias;   // out, each may be absent
+  Slope* slopes;                       // (channels), nullptr if grad_x waits for no sums over x
   double per_value;                    // 1 / n
-  PerChannel sum_grad, sum_grad_xhat;  // of the whole batch, where x is a part of it, and its n; or none
+  PerChannel sum_grad, sum_grad_xhat;  // if x is a part of a batch: the sums of the whole, and its n
   const double* batch_count;
 
   template <class A>
@@ -49,7 +50,7 @@ struct BackwardConstants {
     if (slopes != nullptr) slopes[c] = slope_of<A>(c, sums.g * per_value, g_xhat * per_value);
   }
 
-  // What is known before the sums are.
+  // The constants of the first pass, which are known before the sums.
   template <class A>
   __device__ __forceinline__ Affine<A> forward(int64_t c) const {
     return Affine<A>(mean[c], invstd[c], read(weight, c, 1), read(bias, c, 0));
@@ -67,13 +68,13 @@ struct BackwardConstants {
   }
 
  private:
-  // Sums and slopes are about the mean as A holds it.
+  // The part of the mean that is lost when it is rounded to A. Sums and slopes refer to the rounded mean.
   template <class A>
   __device__ __forceinline__ double rest_of_mean(int64_t c) const {
     return mean[c] - double(A(mean[c]));
   }
 
-  // From the means of g and of g * xhat.
+  // of_g and of_g_xhat are the means of g and of g * xhat.
   template <class A>
   __device__ __forceinline__ Slope slope_of(int64_t c, double of_g, double of_g_xhat) const {
     const double scale = read(weight, c, 1) * invstd[c];
@@ -88,17 +89,17 @@ struct BackwardBody {
   using A = Accumulate<T>;
   using Constants = GradAffine<A>;
   static constexpr int kLoadsOfReduce = Act::template kLoads<T>;
-  static constexpr int kLoads = (kLoadsOfReduce + 1) / 2;  // of two tensors
+  static constexpr int kLoads = (kLoadsOfReduce + 1) / 2;  // half, because each loads two tensors
   static constexpr bool kUnrolled = Act::kUnrolled;
   struct Loaded {
     Pack<T> grad_y, x, residual;
     unsigned mask;
   };
 
-  const T *grad_y, *x, *residual;  // residual: only where the activation is recomputed with it
+  const T *grad_y, *x, *residual;  // residual: only if the activation's argument is recomputed with it
   const uint8_t* mask;
-  T *grad_x, *grad_residual;  // each or nullptr
-  bool training;              // else slope and offset are not looked at: 0 * infinity would be NaN
+  T *grad_x, *grad_residual;  // each may be nullptr
+  bool training;              // if not, slope and offset are not used: 0 * infinity would be NaN
   bool wide;
   Act activation;
 
@@ -122,13 +123,14 @@ struct BackwardBody {
     if (needs_residual()) kept.fetch(step, 2, residual + at);
   }
 
-  // What was fetched, and the mask, whose bytes are too small for it.
+  // Takes the fetched tensors from shared memory, and loads the mask, whose bytes are too small for cp.async.
   __device__ __forceinline__ void receive(Loaded& loaded, const OnChip<T>& kept, uint32_t step, uint32_t unit) const {
     recall(loaded, kept, step, unit, {0, kUnit});
     if constexpr (Act::kMasked) loaded.mask = load_global(mask + unit);
   }
 
-  // grad_y is kept as it is behind the mask, and the mask not at all. `fetched`: as they are, all are there.
+  // grad_y is kept with the mask applied, so the mask itself is not kept. If the unit was fetched, its tensors are in
+  // shared memory already, without the mask applied.
   __device__ __forceinline__ void keep(const Loaded& loaded, const OnChip<T>& kept, uint32_t step, bool fetched) const {
     if constexpr (Act::kMasked) {
       Pack<T> passed;
@@ -154,7 +156,7 @@ struct BackwardBody {
     loaded.mask = ~0u;
   }
 
-  // g and d of every value.
+  // Computes g and d of every value.
   template <class ConstantsOf>
   __device__ __forceinline__ void differentiate(const Loaded& loaded, ConstantsOf constants_of, A (&g)[kUnit],
                                                 A (&d)[kUnit]) const {
@@ -201,7 +203,7 @@ struct BackwardBody {
   }
 };
 
-// A short run of sums in A: see accumulators.cuh.
+// The sums of a short run, in A. accumulators.cuh says why runs are short.
 template <class A>
 struct GradRun {
   A g = 0, g_d = 0;
@@ -212,8 +214,8 @@ struct GradRun {
   }
 };
 
-// Sums of the 8 values of one column, over the thread's rows. `write_gradients`: the gradients of the tensors do
-// not depend on the sums, and are stored on the way.
+// Sums for each of the 8 values of the thread's column, over its rows. `write_gradients` says that the gradients of the
+// tensors do not depend on the sums, so that this pass stores them.
 template <class Body, class Source>
 __device__ __forceinline__ void column_grad_sums(const Body& body, const Source& source, int64_t numel, const Rows& s,
                                                  const RowsThread& thread,
@@ -221,7 +223,7 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, const Source&
                                                  bool write_gradients, GradSums (&total)[kUnit]) {
   using A = typename Body::A;
   constexpr int kLoads = Body::kLoadsOfReduce;
-  constexpr bool kInRuns = sizeof(A) < sizeof(double);  // else the sums are as wide as a run would be
+  constexpr bool kInRuns = sizeof(A) < sizeof(double);  // for float64, a run would be no narrower than the sums
   if (!thread.active) return;
   const auto constants_of = [&](int k) { return typename Body::Constants{forward(k), 0, 0}; };
   const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
@@ -271,7 +273,7 @@ __device__ __forceinline__ void column_grad_sums(const Body& body, const Source&
   }
 }
 
-// Sums of a channel over the thread's units of its planes.
+// Sums of one channel, over the thread's units of its planes.
 template <class Body, class Source>
 __device__ __forceinline__ GradSums plane_grad_sums(const Body& body, const Source& source, const Planes& s,
                                                     const PlanesBlock& block, const Affine<typename Body::A>& forward,
@@ -315,7 +317,7 @@ struct GradArgs {
   BackwardConstants constants;
   int64_t numel;
   GradSums* partials;
-  unsigned* tickets;  // one for each domain of the layout, and where blocks wait for each other a gate for each
+  unsigned* tickets;  // one for each domain of the layout, then a gate for each, if blocks wait for each other
 };
 
 template <class T, class Act>

@@ -1,9 +1,9 @@
-// A batch without values: counted, and nothing learned from it.
+// What the ops return for a batch without values. The batch is counted, and does not move the running statistics.
 //
-//   computes  training: mean = invstd = 0 and the counter moved on. A part's moments, backward: zeros. Eval: what a
-//             backward will want
+//   computes  training: mean = invstd = 0, and adds 1 to the counter. Moments of a part, and backward: zeros. Eval: the
+//             mean and invstd that a backward needs
 //   moves     per-channel values only
-//   blocks    channels, a thread each; one block at least
+//   blocks    one thread for each channel; at least one block
 #pragma once
 #include "kernels/layout.cuh"
 #include "kernels/pointwise.cuh"
@@ -28,7 +28,7 @@ __device__ __forceinline__ void finish_empty(const BackwardArgs& args, uint32_t 
   write(args.grad_bias, c, 0);
 }
 
-// Values without channels are counted too.
+// A batch with values but without channels has a count too.
 __device__ __forceinline__ void count_empty(const MomentsArgs& args) {
   pack_count(args.moments, double(args.problem.values_per_channel()));
 }

@@ -1,4 +1,4 @@
-// The statistics of a whole batch from the moments of its parts, and the running statistics moved.
+// Merges the moments of the parts of a batch into the statistics of the whole, and moves the running statistics.
 //
 //   computes  mean, var and the count over all parts; running_mean, running_var, counter
 //   moves     reads a mean, a deviation and a count for each channel and part
@@ -12,7 +12,7 @@
 
 namespace bnfused {
 
-// Value i, and what belongs to it.
+// Value i, with the rest that its float32 lacks, as a double.
 __device__ __forceinline__ double unpack(const PerChannel& t, const PerChannel& rest, int64_t i) {
   if (t.dtype == DType::kFloat64) return load_global(static_cast<const double*>(t.data) + i);
   const double value = load_global(static_cast<const float*>(t.data) + i);

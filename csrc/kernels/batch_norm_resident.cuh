@@ -1,14 +1,14 @@
-// Training forward in one launch, and its backward: the sums, and what waits for them, with as much of the tensors as
-// fits kept in shared memory between the two.
+// The training forward in one launch, and the backward in one launch. The first pass sums. The second pass applies the
+// result. In between, shared memory keeps as much of the tensors as fits.
 //
-//   computes  what batch_norm_stats.cuh and batch_norm_apply.cuh compute, or what batch_norm_backward.cuh does
-//   moves     reads once what it keeps; what it does not keep twice, the second time last-read first. Writes y and the
-//             mask once, or grad_x and grad_residual. While a tile is finished, the next is on its way
-//   blocks    teams. Rows: a team has a tile of columns, each of its blocks a part of the rows; Planes: a channel, each
-//             a part of its units. A team goes from tile to tile
-//   needs     where a team has several blocks and is no cluster, all of them running at once, workspace for the
-//             partials, tickets and gates that are 0, and are 0 again afterwards. Planes with a mask: whole units, for
-//             a byte of the mask belongs to one block
+//   computes  the same as batch_norm_stats.cuh and batch_norm_apply.cuh, or as batch_norm_backward.cuh
+//   moves     reads once the units that it keeps, and twice the others, the second time last-read first. Writes y and
+//             the mask once, or grad_x and grad_residual. After the first pass of a tile, it fetches units of the next
+//   blocks    teams. Rows: a team has a tile of columns, and each of its blocks a part of the rows. Planes: a team has
+//             a channel, and each of its blocks a part of the units. A team goes from tile to tile
+//   needs     if a team has several blocks and is not a cluster: all blocks running at once, workspace for the
+//             partials, and tickets and gates that are 0 before and after. Planes with a mask: planes of whole units,
+//             because a byte of the mask must belong to one block
 #pragma once
 #include "kernels/batch_norm_apply.cuh"
 #include "kernels/batch_norm_backward.cuh"
@@ -18,8 +18,8 @@
 
 namespace bnfused {
 
-// Hands the merged sums of each channel to `finish`, in one block of those that share them. What it wrote is there for
-// all of them afterwards. Whether this block was that one. `of_columns`: kUnit * tile sums in shared memory.
+// Merges the sums of a team. One block of the team calls `finish` with the merged sums of each channel, and gets true.
+// All blocks of the team see what `finish` wrote afterwards. `of_columns` has kUnit * tile sums in shared memory.
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_for_team(const Sums (&sums)[kUnit], Sums* of_columns, Sums* partials,
                                                 unsigned* tickets, const Rows& s, uint32_t cluster,
@@ -40,7 +40,7 @@ __device__ __forceinline__ bool finish_for_team(const Sums& sums, Sums* partials
   return last;
 }
 
-// For a thread of a team that takes every teams-th tile, or channel.
+// Fetches the thread's units of the team's next tile or channel. A team takes every teams-th of them.
 template <class Body>
 __device__ __forceinline__ Fetch<Body, ColumnUnits> fetch_of_next(const Body& body,
                                                                   const OnChip<typename Body::Value>& kept,
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   BNFUSED_DYNAMIC_SHARED(uint4, shared);
   const StatsBody<T> stats = args.body();
   OnChip<T> kept(shared, residency, 1);
-  uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);  // of the tile's sums, then of its constants
+  uint4* const table = shared + residency.keeps_bytes / sizeof(uint4);  // for the tile's sums, then for its constants
   for (uint32_t tile = blockIdx.x / s.parts; tile < s.tiles; tile += residency.teams) {
     const RowsThread thread(s, tile, blockIdx.x % s.parts);
     const auto next = fetch_of_next(body, kept, s, thread, residency.teams, args.numel);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                                                    [&](uint32_t c, bool) { return args.constants.template get<A>(c); });
     sweep_column(args.body, Recalled<Body, ColumnUnits>{args.body, kept, next}, args.numel, s, thread, of_column);
     kept.next_tile(next.wanted);
-    __syncthreads();  // the table is that of the next tile
+    __syncthreads();  // the next tile overwrites the table
   }
 }
 

@@ -1,11 +1,11 @@
-// The statistics of the batch: mean and invstd of every channel, and the running statistics moved; of a part of a
-// batch: its moments, packed.
+// The statistics of a batch: computes mean and invstd of every channel, and moves the running statistics. For a part of
+// a batch, it computes its packed moments.
 //
-//   computes  moments of x over all of a channel's values; from them mean, invstd, running_mean, running_var, counter,
-//             or a PackedMoments
+//   computes  moments of x over all values of a channel; from them mean, invstd, running_mean, running_var and the
+//             counter, or a PackedMoments
 //   moves     reads x once; writes a Moments for each channel and part
 //   blocks    Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units
-//   needs     workspace for the partials; tickets that are 0, and are 0 again afterwards
+//   needs     workspace for the partials; tickets that are 0 before and after
 #pragma once
 #include "kernels/accumulators.cuh"
 #include "kernels/finish.cuh"
@@ -14,8 +14,7 @@
 
 namespace bnfused {
 
-// x as the statistics read it; a body of the first pass (source.cuh). All loads of a run are started before the first
-// unit is kept.
+// The body of the first pass of the forward (source.cuh). Its only tensor is x.
 template <class T>
 struct StatsBody {
   using Value = T;
@@ -41,7 +40,7 @@ struct StatsBody {
 // loads, and so waits for each.
 __device__ __forceinline__ Span behind_branch(Span span) { return {int(recomputed(uint32_t(span.begin))), span.end}; }
 
-// Moments of the 8 values of one column, over the thread's rows. `source` keeps the thread's units, counted in steps.
+// Moments of each of the 8 values of the thread's column, over its rows.
 template <class T, class Source>
 __device__ __forceinline__ void column_moments(const Source& source, int64_t numel, const Rows& s,
                                                const RowsThread& thread, Moments<Accumulate<T>> (&total)[kUnit]) {
@@ -49,7 +48,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
   constexpr int kLoads = kLoadsAtOnce<T>;
   if (!thread.active) return;
   const uint32_t whole_units = uint32_t(numel / kUnit);
-  // Rows of this column whose unit is whole.
+  // How many rows have a whole unit in this column.
   const uint32_t rows = (whole_units + s.columns - 1 - thread.column) / s.columns;
   const uint32_t part_end = part_begin(s.rows, thread.part + 1, s.parts);
   const uint32_t end = part_end < rows ? part_end : rows;
@@ -61,7 +60,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
     Run<A, A> run[kUnit];
     A count = 0;
     A scale = 1;
-    unsigned left = (1u << kUnit) - 1;  // columns to be merged
+    unsigned left = (1u << kUnit) - 1;  // a bit for each value whose run is not merged yet
     for (;;) {
       for (int step = 0; step < kStepsOfRun && row < end; ++step) {
         Pack<T> packs[kLoads];
@@ -70,12 +69,14 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
           const uint32_t r = row + i * s.row_slots;
           if (r < end) source.load(packs[i], r * s.columns + thread.column, whole, done + i);
         }
+        // All loads are started before the first unit is kept.
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           if (row + i * s.row_slots < end) source.keep(packs[i], {0, kUnit}, done + i);
         }
         if (step == 0) {
-          const uint32_t beyond = recomputed(end);  // `end`: else the first pack is copied where others are not loaded
+          // With `end` itself, the compiler would copy the first pack to where other packs are not loaded.
+          const uint32_t beyond = recomputed(end);
 #pragma unroll
           for (int k = 0; k < kUnit; ++k) {
             A values[kLoads];
@@ -101,7 +102,8 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
           }
         }
       }
-      // A column whose squares overflowed is added up again, smaller: its neighbours may be too small for that.
+      // Values whose squares overflowed are summed again, scaled down. The others are not, because they may be too
+      // small for that scale.
       unsigned overflowed = 0;
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) overflowed |= unsigned(scale == 1 && run[k].overflowed()) << k;
@@ -122,10 +124,10 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
     }
     merged += count;
   }
-  // They have as many values each. Said so, the compiler keeps one count in a register and not eight.
+  // All eight counts are equal. With this assignment the compiler keeps one count in a register instead of eight.
 #pragma unroll
   for (int k = 0; k < kUnit; ++k) total[k].count = merged;
-  // The last unit of the tensor, if it is not whole, is in the last row.
+  // If the last unit of the tensor is not whole, it is in the last row, and is added value by value.
   const Span rest = span_of(whole_units, numel);
   if (rest.end > 0 && thread.column == whole_units % s.columns && row == s.rows - 1 && thread.part == s.parts - 1) {
     Pack<T> pack;
@@ -138,13 +140,13 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
   }
 }
 
-// The mean of the values of a unit that the span has; what it lacks takes the value of a neighbour.
+// The mean of a unit for a run's shift. Each value outside the span is replaced by the nearest value in it.
 template <class T>
 __device__ __forceinline__ Accumulate<T> mean_of_owned(const Pack<T>& pack, Span span) {
   Accumulate<T> values[kUnit];
 #pragma unroll
   for (int k = 0; k < kUnit; ++k) values[k] = value_of(pack, k);
-  if (!span.whole()) {  // else it changes nothing
+  if (!span.whole()) {  // otherwise this changes nothing
 #pragma unroll
     for (int k = 1; k < kUnit; ++k) values[k] = k < span.end ? values[k] : values[k - 1];
 #pragma unroll
@@ -173,8 +175,8 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
         if (!at.span.empty()) source.load(packs[i], at.unit, at.span, step + i);
       }
     }
-    // All values are in registers: first their mean, then what is about it. Units are added in A and their sums in
-    // double, so that an outlier's square does not round the others'.
+    // All values are in registers. A unit is summed in A, and the sums of units are added in double, so that the square
+    // of an outlier does not round away the squares of the other units.
     Run<A, double> run;
     int count = 0;
 #pragma unroll
@@ -184,15 +186,17 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
       if (count == 0) run.shift = mean_of_owned(packs[i], behind_branch(spans[i]));
       count += spans[i].end - spans[i].begin;
     }
-    if (count == 0) continue;  // else it merges nothing
+    if (count == 0) continue;
     A scale = 1;
-    // The first pass finds the mean, the second what is about it, a third does that again if squares overflowed. A
-    // loop: side by side they take more registers than there are for two blocks on an SM.
+    // The first pass finds the mean. The second sums the differences from it, and their squares. A third does the same,
+    // scaled, if squares overflowed. It is not unrolled, because three copies take so many registers that two blocks do
+    // not fit on an SM.
 #pragma unroll 1
     for (int pass = 0; pass < 3; ++pass) {
       if (pass == 1) {
         const A moved = quotient(A(run.sum), A(count));
-        if (moved - moved == 0) run.shift += moved;  // else the squares overflow as well, or a value is infinite or NaN
+        // If `moved` is not finite, the squares overflow as well, or a value is infinite or NaN.
+        if (moved - moved == 0) run.shift += moved;
       }
       if (pass == 2) {
         if (!run.overflowed()) break;
@@ -205,12 +209,12 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
         A differences[kUnit];
 #pragma unroll
         for (int k = 0; k < kUnit; ++k) differences[k] = run.difference(value_of(packs[i], k), scale);
-        if (!spans[i].whole()) {  // else it changes nothing
+        if (!spans[i].whole()) {  // otherwise this changes nothing
           const Span span = behind_branch(spans[i]);
 #pragma unroll
           for (int k = 0; k < kUnit; ++k) differences[k] = span.has(k) ? differences[k] : A(0);
         }
-        if (pass > 0) {  // the mean needs none
+        if (pass > 0) {  // the first pass needs no squares
           A squares[kUnit];
 #pragma unroll
           for (int k = 0; k < kUnit; ++k) squares[k] = differences[k] * differences[k];
@@ -230,8 +234,8 @@ struct StatsArgs {
   int64_t numel;
   bool wide;
   Moments<Accumulate<T>>* partials;
-  unsigned* tickets;       // one for each domain of the layout, and where blocks wait for each other a gate for each
-  unsigned* batch_ticket;  // to count the batch
+  unsigned* tickets;       // one for each domain of the layout, then a gate for each, if blocks wait for each other
+  unsigned* batch_ticket;  // for RunningStats::count_batch
   FinishStats finish;
 
   __device__ __forceinline__ StatsBody<T> body() const { return {x, wide}; }

@@ -6,7 +6,7 @@
 
 namespace bnfused {
 
-// What batches leave behind, each of it where somebody keeps it.
+// The state that a batch changes: the running statistics and the counter of batches. Each of them may be absent.
 struct RunningStats {
   PerChannel running_mean, running_var;
   int64_t* num_batches_tracked = nullptr;
@@ -28,20 +28,20 @@ struct RunningStats {
     write(running_var, c, (1 - weight) * read(running_var, c, 0) + weight * unbiased_var);
   }
 
-  // The last of `blocks` to come here has all of them behind it that read the counter, and counts this batch.
+  // The last of `blocks` blocks to come here counts this batch. All blocks have read the counter by then.
   __device__ __forceinline__ void count_batch(unsigned* ticket, unsigned blocks) const {
     if (num_batches_tracked == nullptr) return;
     if (is_last_block(ticket, blocks) && threadIdx.x == 0) ++*num_batches_tracked;
   }
 };
 
-// Everything that follows from the moments of one channel.
+// Computes and writes everything that follows from the moments of one channel.
 struct FinishStats : RunningStats {
-  PackedMoments packed;  // of a part of a batch, and then nothing else is written; or none
-  double count;          // of a channel's values
+  PackedMoments packed;  // out, if x is a part of a batch; then nothing else is written
+  double count;          // values of a channel
   double *mean, *invstd;
   double eps;
-  double per_value, per_free_value;  // 1 / n, 1 / (n - 1), of the n values of a channel
+  double per_value, per_free_value;  // 1 / n and 1 / (n - 1), where n is `count`
 
   explicit FinishStats(const TrainArgs& args)
       : RunningStats(args),

@@ -1,17 +1,19 @@
-// Which units of a tensor a block and its threads own, in each layout, and the merge of what the threads have summed.
+// Which units of a tensor a block and its threads own in each layout, and how the sums of threads and blocks are
+// merged. plan_shapes.h explains the words: unit, tile, column, copy, part, domain, ticket, gate.
 #pragma once
 #include "kernels/pack.cuh"
 #include "plan.h"
 
 namespace bnfused {
 
-// Exact for all n: the multiplier is too small by less than one part in 2^64, and so the product by less than 1.
+// n / by.value, exact for all n. The multiplier is too small by less than one part in 2^64, so the product is too small
+// by less than 1.
 __device__ __forceinline__ uint64_t divide(uint64_t n, const Divisor& by) {
   const uint64_t quotient = __umul64hi(n, by.multiplier);
   return quotient + (n - quotient * by.value >= by.value);
 }
 
-// In 32 bits, for a divisor that fits them.
+// The same in 32 bits, for a divisor that fits 32 bits.
 __device__ __forceinline__ uint32_t divide(uint32_t n, const Divisor& by) {
   const uint32_t quotient = uint32_t(__umul64hi(n, by.multiplier)), value = uint32_t(by.value);
   return quotient + (n - quotient * value >= value);
@@ -21,21 +23,21 @@ __device__ __forceinline__ uint32_t part_begin(uint32_t total, uint32_t part, ui
   return uint32_t(uint64_t(total) * part / parts);
 }
 
-// The values of a unit of a tensor of numel values: the last unit may not be whole, and behind it they have none.
+// Which values of a unit lie in a tensor of numel values. The last unit may not be whole. Units behind it are empty.
 __device__ __forceinline__ Span span_of(uint32_t unit, int64_t numel) {
   const int64_t left = numel - int64_t(unit) * kUnit;
   return {0, left < kUnit ? int(left) : kUnit};
 }
 
-// A unit of memory, and the values of it that are asked for: none where there is no such unit.
+// The number of a unit in the tensor, and its values that are wanted. If there is no such unit, the span is empty.
 struct UnitAt {
   uint32_t unit;
   Span span;
 };
 
-// One thread's place in the rows layout: a column that it keeps, and every row_slots-th row of its part.
+// One thread's place in the layout of rows. A thread keeps its column, and takes every row_slots-th row of its part.
 struct RowsThread {
-  uint32_t column, slot;  // of the tensor, of the tile
+  uint32_t column, slot;  // its number in the tensor, and in the tile
   uint32_t row_slot, tile, part;
   bool active;
 
@@ -49,7 +51,7 @@ struct RowsThread {
   }
 };
 
-// The thread's unit in each of its rows, which are counted in steps.
+// The thread's units of its column, one in each of its rows. Steps count them.
 struct ColumnUnits {
   const Rows& s;
   RowsThread thread;
@@ -77,12 +79,13 @@ struct PlanesBlock {
   }
 };
 
-// A unit of a plane, and the values of it that belong to the channel: none if the plane touches fewer units. It may
-// then lie behind the tensor; of it nothing is loaded or stored but a byte of a mask.
+// Unit `number` of a channel, and its values that belong to the channel. If planes are not whole units, a plane may
+// touch fewer units than units_per_plane. The span of the unit in excess is empty, and the unit may lie behind the
+// tensor. A load or store of it touches no value, and nothing else but the byte of a mask.
 struct PlaneUnit : UnitAt {
   __device__ __forceinline__ PlaneUnit(const Planes& s, uint32_t channel, uint32_t number) {
     const uint32_t plane = divide(number, s.by_units);
-    if (s.inner % kUnit == 0) {  // as the rest would find out, with 20 instructions more
+    if (s.inner % kUnit == 0) {  // the code below gives the same, with 20 instructions more
       unit = (plane * s.channels + channel) * s.units_per_plane + (number - plane * s.units_per_plane);
       span = {0, kUnit};
       return;
@@ -95,7 +98,7 @@ struct PlaneUnit : UnitAt {
   }
 };
 
-// The thread's units of a channel, counted in steps.
+// The thread's units of a channel. Steps count them.
 struct ChannelUnits {
   const Planes& s;
   PlanesBlock block;
@@ -120,11 +123,11 @@ __device__ __forceinline__ void merge_row_slots(Sums (&sums)[kValues], uint32_t 
       for (int k = 0; k < kValues; ++k) others[k][(row_slot - half) * columns + column] = sums[k];
     }
     __syncthreads();
-    if (row_slot + half < n) {  // what is not active gathers what nobody reads
+    if (row_slot + half < n) {  // inactive threads merge too, but nobody reads their sums
 #pragma unroll
       for (int k = 0; k < kValues; ++k) sums[k].merge(others[k][row_slot * columns + column]);
     }
-    __syncthreads();  // the next round writes what this one reads
+    __syncthreads();  // the next round overwrites what this round reads
     n = half;
   }
 }
@@ -140,8 +143,8 @@ __device__ __forceinline__ void merge_block(Sums& sums) {
   sums = of_warp[0];
 }
 
-// Whether this block is the last of `blocks` to come here; if so, it sees what the others wrote before. The ticket is
-// back at 0 then. Thread 0 alone fences, between barriers, as cooperative groups' grid barrier does it.
+// Whether this block is the last of `blocks` blocks to come here. The last block sees what the others wrote before, and
+// leaves the ticket at 0. Only thread 0 fences, between two barriers, as the grid barrier of cooperative groups does.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   BNFUSED_SHARED(bool, last);
   __syncthreads();
@@ -154,8 +157,9 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks)
   return last;
 }
 
-// Behind is_last_block: the others wait until the last of `blocks` comes here, and see what it wrote before. All of
-// them have to run at once. The gate holds how many are still to pass: it is 0 before the first and after the last.
+// Called after is_last_block. The other blocks wait until the last one comes here, and see what it wrote before. All
+// `blocks` blocks must run at the same time. Once the last block has opened the gate, the gate holds how many blocks
+// have not passed yet. It is 0 before, and 0 again after all have passed.
 __device__ __forceinline__ void wait_for_last_block(unsigned* gate, bool last, unsigned blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -164,14 +168,14 @@ __device__ __forceinline__ void wait_for_last_block(unsigned* gate, bool last, u
       atomicExch(gate, blocks - 1);
     } else {
       while (load_again(gate) == 0) __nanosleep(64);
-      atomicAdd(gate, ~0u);  // one less
+      atomicAdd(gate, ~0u);  // subtracts 1
       __threadfence();
     }
   }
   __syncthreads();
 }
 
-// A partial sum that another block has written.
+// Loads a partial sum that another block has written.
 template <class Sums>
 __device__ __forceinline__ Sums load_partial(const Sums* p) {
   static_assert(sizeof(Sums) % sizeof(unsigned long long) == 0);
@@ -185,13 +189,14 @@ __device__ __forceinline__ Sums load_partial(const Sums* p) {
   return sums;
 }
 
-// Partials that a thread loads before it merges the first: one after the other, each would wait for the L2 cache. Of a
-// tile's channels a thread has many; of one channel 3 where a GPU has up to 192 SMs, which have 4 blocks each; of one
-// in a cluster 1. More than it has would cost it registers: 6 each.
+// Partials that a thread loads before it merges the first. If it loaded them one after the other, each would wait for
+// the L2 cache. For the channels of a tile, a thread has many. For one channel, it has at most 3 (192 SMs x 4 blocks /
+// 256 threads). In a cluster, it has 1. An entry that is not used costs 6 registers.
 constexpr int kLoadsOfTile = 8, kLoadsOfChannel = 3;
 
-// Merges the partial sums of `channels` channels and hands them to `finish(channel, sums)`. The threads of the block
-// share out the channels, and where they are fewer, the `partials` of each. `load(channel, i)` is partial i.
+// Merges the partial sums of `channels` channels, and calls `finish(channel, sums)` with the result of each. The
+// threads of the block divide the channels among themselves. If there are fewer channels than threads, several threads
+// divide the `partials` of a channel. `load(channel, i)` returns partial i.
 template <class Sums, int kLoads, class Load, class Finish>
 __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t partials, Load load, Finish finish) {
   const uint32_t at_once = channels < blockDim.x ? channels : blockDim.x;
@@ -200,7 +205,7 @@ __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t parti
   const uint32_t row_slot = threadIdx.x / at_once;
   for (uint32_t base = 0; base < channels; base += at_once) {
     const uint32_t column = threadIdx.x % at_once;
-    const bool active = base + column < channels;  // merge_row_slots leaves out the row_slots beyond `row_slots`
+    const bool active = base + column < channels;  // merge_row_slots ignores threads beyond `row_slots`
     Sums sums[1] = {};
     for (uint32_t first = row_slot; active && first < partials; first += kLoads * row_slots) {
       Sums batch[kLoads];
@@ -210,7 +215,7 @@ __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t parti
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        if (first + i * row_slots < partials) sums[0].merge(batch[i]);  // else it merges nothing
+        if (first + i * row_slots < partials) sums[0].merge(batch[i]);
       }
     }
     merge_row_slots(sums, row_slot, row_slots, column, at_once, active);
@@ -218,8 +223,8 @@ __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t parti
   }
 }
 
-// Rows, a tile split over blocks: each has its sums in `partials`; the last of a domain hands the merged sums of each
-// channel to `finish(channel, sums)`. Whether this block was that one.
+// Rows, with a tile split over blocks. Each block writes its sums to `partials`. The last block of a domain merges
+// them, calls `finish(channel, sums)` for each channel, and gets true.
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* partials, unsigned* tickets, const Rows& s,
                                             const RowsThread& thread, Finish finish) {
@@ -240,8 +245,9 @@ __device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* par
   return true;
 }
 
-// Rows, a tile in a cluster of s.parts blocks, or in one block: the same through `of_columns`, kUnit * tile sums in the
-// shared memory of each. What `finish` wrote is there for all of them afterwards.
+// Rows, with a tile in a cluster of s.parts blocks, or in one block. The blocks exchange their sums through
+// `of_columns`, which is kUnit * tile sums in the shared memory of each. The block of part 0 merges them, calls
+// `finish`, and gets true. All blocks see what `finish` wrote afterwards.
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_tile(const Sums (&sums)[kUnit], Sums* of_columns, const Rows& s,
                                             const RowsThread& thread, Finish finish) {
@@ -252,7 +258,7 @@ __device__ __forceinline__ bool finish_tile(const Sums (&sums)[kUnit], Sums* of_
   cluster_barrier(s.parts);
   const bool merges = thread.part == 0;
   if (merges) {
-    const uint32_t first = thread.tile * s.tile * kUnit;  // copies of a channel are in one tile
+    const uint32_t first = thread.tile * s.tile * kUnit;  // all copies of a channel are in this tile
     const uint32_t left = s.channels - first, most = s.tile * kUnit;
     const auto load = [&](uint32_t c, uint32_t i) {
       return *shared_of_block(of_columns + c + i % s.copies * s.channels, i / s.copies);
@@ -260,11 +266,11 @@ __device__ __forceinline__ bool finish_tile(const Sums (&sums)[kUnit], Sums* of_
     merge_partials<Sums, kLoadsOfTile>(left < most ? left : most, s.parts * s.copies, load,
                                        [&](uint32_t c, const Sums& all) { finish(first + c, all); });
   }
-  cluster_barrier(s.parts);  // nobody writes its sums again, or exits, while they are read
+  cluster_barrier(s.parts);  // no block overwrites its sums, or exits, while they are read
   return merges;
 }
 
-// Planes, a channel split over blocks: as finish_rows; thread 0 has the block's sums.
+// Planes, with a channel split over blocks. Works like finish_rows. Thread 0 has the sums of the block.
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_channel(const Sums& sums, Sums* partials, unsigned* tickets, const Planes& s,
                                                const PlanesBlock& block, Finish finish) {
@@ -278,7 +284,7 @@ __device__ __forceinline__ bool finish_channel(const Sums& sums, Sums* partials,
   return true;
 }
 
-// Planes, a channel in a cluster of s.parts blocks, or in one block: as finish_tile.
+// Planes, with a channel in a cluster of s.parts blocks, or in one block. Works like finish_tile.
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_channel_in_cluster(const Sums& sums, const Planes& s, const PlanesBlock& block,
                                                           Finish finish) {

@@ -1,15 +1,17 @@
-// What a thread keeps in shared memory from one pass over its units to the next, and what is on its way there.
+// The shared memory in which a thread keeps units from the first pass to the second, and into which it fetches units of
+// the next tile.
 #pragma once
 #include "kernels/layout.cuh"
 
 namespace bnfused {
 
-// The first `steps` units of the thread, `tensors` packs of each, in slots of its own: it finds there what it has put
-// or fetched there itself, so that nobody waits for it. Neighbours lie side by side, 16 bytes each.
+// Holds the first `steps` units of the thread, with `tensors` packs of each, in slots that only this thread uses. A
+// thread finds there only what it has put or fetched itself, so no barrier is needed. Neighbouring threads use
+// neighbouring words of 16 bytes.
 //
-// Whole units of the next tile are fetched into slots as those come free, without waiting. Slots of the first `ahead`
-// steps come in pairs that take turns: theirs are fetched while the sums of this tile are exchanged, the others while
-// it is finished, each as soon as the unit in its slot has been used.
+// Whole units of the next tile are fetched asynchronously into slots that are free. The first `ahead` steps have two
+// slots each, which take turns. Their units of the next tile are fetched while the sums of this tile are exchanged. The
+// units of the other steps are fetched in the second pass, each as soon as the unit in its slot has been used.
 template <class T>
 class OnChip {
  public:
@@ -17,7 +19,7 @@ class OnChip {
       : own_(shared + threadIdx.x), steps_(r.steps), ahead_(r.ahead), tensors_(tensors) {}
 
   __device__ __forceinline__ bool has(uint32_t step) const { return step < steps_; }
-  // Whether the unit was fetched while the tile before was finished.
+  // Whether the unit was fetched while the previous tile was processed.
   __device__ __forceinline__ bool has_fetched(uint32_t step, Span span) const {
     return fetched_ && has(step) && span.whole();
   }
@@ -39,7 +41,7 @@ class OnChip {
     memcpy(&pack, words, sizeof(pack));
   }
 
-  // A unit of the next tile.
+  // Starts the copy of a unit of the next tile.
   __device__ __forceinline__ void fetch(uint32_t step, uint32_t tensor, const T* unit) const {
     uint4* const slot = slot_of(step, !turn_, tensor);
 #pragma unroll
@@ -48,13 +50,14 @@ class OnChip {
     }
   }
 
-  // `fetched`: what there is room for has been. Nothing is where a GPU has no such copies, and so no groups of them.
+  // Swaps the slots. `fetched` says that units of the next tile were fetched, as far as there was room. It is false on
+  // GPUs without asynchronous copies, which have no groups to commit either.
   __device__ __forceinline__ void next_tile(bool fetched) {
     turn_ = !turn_;
     fetched_ = fetched;
     if (fetched) cp_async_commit();
   }
-  // Until what was fetched is there.
+  // Waits until the fetched units have arrived.
   __device__ __forceinline__ void await() const {
     if (fetched_) cp_async_wait<0>();
   }

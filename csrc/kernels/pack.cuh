@@ -1,16 +1,17 @@
-// A unit: 8 consecutive values of a tensor, the first at a multiple of 8. One thread moves one unit at a time, as
-// 16-byte accesses where the tensor allows it, else value by value.
+// A unit is 8 consecutive values of a tensor, the first of which is at a multiple of 8. One thread moves one unit at a
+// time, by 16-byte accesses if the tensor is aligned for them, and value by value otherwise.
 #pragma once
 #include "kernels/platform.cuh"
 #include "plan_shapes.h"
 
 namespace bnfused {
 
-// Blocks of kMaxThreads threads that fit an SM at once: 128 registers for each thread. Twice as wide values take more.
+// Blocks of kMaxThreads threads that fit on an SM at once. Two blocks leave 128 registers for each thread, which is not
+// enough for the kernels of float64.
 template <class T>
 constexpr int kBlocksPerSm = sizeof(T) == 8 ? 1 : 2;
 
-// What values of T are computed in.
+// The type in which values of T are computed.
 template <class T>
 struct AccumulateOf {
   using Type = float;
@@ -40,7 +41,7 @@ __device__ __forceinline__ __nv_bfloat16 from_accumulate<__nv_bfloat16>(float v)
   return __float2bfloat16_rn(v);
 }
 
-// Within 2 units in the last place, without the subroutine of an exact division.
+// The float version is within 2 units in the last place, and needs no subroutine as an exact division does.
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ double quotient(double a, double b) { return a / b; }
 
@@ -49,12 +50,12 @@ struct alignas(16) Pack {
   T v[kUnit];
 };
 
-// Value k of a pack, known while compiling, in what is computed with it.
+// Value k of a pack, in the type in which it is computed. k must be known at compile time.
 template <class T>
 __device__ __forceinline__ Accumulate<T> value_of(const Pack<T>& pack, int k) {
   return to_accumulate(pack.v[k]);
 }
-// bfloat16 is the upper half of a float: of two in a word, the second needs no shift.
+// A bfloat16 is the upper half of a float, so the second value of a word needs no shift.
 __device__ __forceinline__ float value_of(const Pack<__nv_bfloat16>& pack, int k) {
   uint32_t words[kUnit / 2];
   memcpy(words, &pack, sizeof(pack));
@@ -63,7 +64,7 @@ __device__ __forceinline__ float value_of(const Pack<__nv_bfloat16>& pack, int k
 
 template <class T>
 __device__ __forceinline__ void set_value(Pack<T>& pack, int k, T value) {
-  if constexpr (sizeof(T) == 2) {  // in its word: else the compiler keeps every value in a register of its own
+  if constexpr (sizeof(T) == 2) {  // set in its word: otherwise the compiler uses a whole register for each value
     uint32_t word;
     uint16_t bits;
     unsigned char* const at = reinterpret_cast<unsigned char*>(&pack) + k / 2 * sizeof(word);
@@ -76,8 +77,8 @@ __device__ __forceinline__ void set_value(Pack<T>& pack, int k, T value) {
   }
 }
 
-// A copy of what has come in, or not yet. Value by value, the compiler would take apart the words of 2-byte values
-// where they are loaded, and so wait for each load before it starts the next.
+// Copies words whose loads may still be on their way. If the copy went value by value, the compiler would split the
+// words of 2-byte values right after each load, and so wait for it before it starts the next.
 template <class Loaded>
 __device__ __forceinline__ void copy_words(Loaded& to, const Loaded& from) {
 #pragma unroll
@@ -88,7 +89,7 @@ __device__ __forceinline__ void copy_words(Loaded& to, const Loaded& from) {
   }
 }
 
-// Rounded to T, two at a time where there are instructions for that.
+// Rounds the values to T, two at a time if there are instructions for that.
 template <class T>
 __device__ __forceinline__ Pack<T> pack_of(const Accumulate<T> (&values)[kUnit]) {
   Pack<T> pack;
@@ -115,12 +116,13 @@ __device__ __forceinline__ Pack<__half> pack_of<__half>(const float (&values)[kU
   return pack;
 }
 
-// Units that a thread loads before it uses the first. With 512 threads on an SM, 32 KiB are on their way: 25 GB/s for
-// each SM take 18 KiB at a latency of 700 ns. What that makes for each kernel is in docs/performance.md.
+// Units that a thread loads before it uses the first. With 512 threads on an SM, 32 KiB are on their way. A bandwidth
+// of 25 GB/s for each SM needs 18 KiB, at a latency of 700 ns. docs/performance.md has the bytes of each kernel.
 template <class T>
 constexpr int kLoadsAtOnce = 8 / int(sizeof(T));
 
-// The values [begin, end) of a unit that the caller owns; a unit at the edge of a plane or of the tensor is not whole.
+// The values [begin, end) of a unit that the caller owns. A unit at the edge of a plane or of the tensor may not be
+// whole.
 struct Span {
   int begin, end;
 
@@ -129,7 +131,7 @@ struct Span {
   __device__ __forceinline__ bool has(int k) const { return begin <= k && k < end; }
 };
 
-// `wide`: the tensor starts at a multiple of 16 bytes. What the span does not have stays as it was in `pack`.
+// `wide` says that the tensor starts at a multiple of 16 bytes. Values outside the span keep their content in `pack`.
 template <class T>
 __device__ __forceinline__ void load_unit(Pack<T>& pack, const T* unit, Span span, bool wide) {
   if (wide && span.whole()) {

@@ -1,8 +1,8 @@
-// The one seam between the kernels and where they run: nvcc and a GPU, or g++ and the host device of tests/emulator.
-// The only #ifdef on the compiler and, when there is any, the only asm.
+// The only place that knows where the kernels run: with nvcc on a GPU, or with g++ on the emulated device of
+// tests/emulator. No other file of the kernels has an #ifdef on the compiler, or asm.
 //
-// Tensor values go through load_global and store_global, so that the host device can count the bytes, check the
-// alignment and see who is out of bounds. A GPU does these things by itself.
+// Tensor values go through load_global and store_global, so that the emulated device can count the bytes, check the
+// alignment, and catch accesses out of bounds. On a GPU they are a plain load and a plain store.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +18,8 @@
 #include <tuple>
 #include <utility>
 
-// An object that the threads of a block share: BNFUSED_SHARED(float, sums, [32]). A macro, because the host device has
-// to give every block its own, which a declaration with __shared__ cannot express to g++.
+// An object that the threads of a block share: BNFUSED_SHARED(float, sums, [32]). It is a macro because g++ cannot
+// give every block an object of its own for a declaration with __shared__.
 #define BNFUSED_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 // The dynamic shared memory of the launch, as an array of T.
 #define BNFUSED_DYNAMIC_SHARED(T, name)                             \
@@ -29,21 +29,22 @@
 namespace bnfused {
 
 struct LaunchConfig {
-  unsigned grid = 1, block = 1;  // blocks and threads; kernels decode both themselves
+  unsigned grid = 1, block = 1;  // blocks, and threads of a block; both have one dimension
   size_t shared_bytes = 0;       // dynamic
   cudaStream_t stream = nullptr;
   bool cooperative = false;  // all blocks are resident at once, and may wait for each other
   unsigned cluster = 1;      // blocks that reach each other's shared memory, from sm_90 on
 };
 
-// Dynamic shared memory that a kernel gets unasked: a block has 48 KiB, and the objects of kernels take up to 28 KiB.
+// Dynamic shared memory that every kernel may use without an attribute. A block has 48 KiB, and the static objects of
+// the kernels take up to 28 KiB of them.
 constexpr size_t kSharedUnasked = 16 * 1024;
-// Blocks of a cluster that every GPU which has clusters lets a kernel have.
+// The largest cluster, in blocks, that a kernel may use without an attribute on every GPU with clusters.
 constexpr unsigned kClusterUnasked = 8;
 
-// What one kernel was allowed on one device, and how much of it has room there. The limit of shared memory belongs to
-// the kernel and not to a launch: lowered again for one, it would fail another thread's. Each question takes a
-// microsecond.
+// The attributes that were set for one kernel on one device, and how many of its blocks fit there. They are remembered
+// because each query takes a microsecond. The limit of shared memory belongs to the kernel and not to a launch. It is
+// never lowered, because that could fail a launch of another thread.
 struct KernelOnDevice {
   size_t shared_bytes = kSharedUnasked;  // dynamic
   bool any_cluster = false;
@@ -60,7 +61,7 @@ inline KnownKernels& known_kernels() {
   return all;
 }
 
-// A configuration in CUDA's words; `attributes` has room for two.
+// The configuration as CUDA's struct. `attributes` must have room for two.
 inline cudaLaunchConfig_t launch_config(const LaunchConfig& config, cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t c{};
   c.gridDim = dim3(config.grid);
@@ -82,8 +83,8 @@ inline cudaLaunchConfig_t launch_config(const LaunchConfig& config, cudaLaunchAt
   return c;
 }
 
-// Lets the kernel have what the launch needs, and says in `room`, if not nullptr, of how many of its clusters (blocks,
-// where it has none) the device has room at once.
+// Sets the kernel's attributes that the launch needs. If `room` is not nullptr, it returns there how many of the
+// launch's clusters fit on the device at once, or how many blocks if the launch has no clusters.
 inline cudaError_t prepare(const LaunchConfig& config, const void* kernel, unsigned* room) {
   if (config.shared_bytes <= kSharedUnasked && config.cluster <= kClusterUnasked && !room) return cudaSuccess;
   int device = 0;
@@ -115,7 +116,7 @@ inline cudaError_t prepare(const LaunchConfig& config, const void* kernel, unsig
     status = cudaOccupancyMaxActiveClusters(&count, kernel, &c);
     if (status == cudaErrorInvalidClusterSize) {
       status = cudaSuccess;
-      cudaGetLastError();  // or a later call would find it
+      cudaGetLastError();  // clears the error, which a later call would report otherwise
     }
   } else {
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(&count, kernel, int(config.block),
@@ -126,14 +127,14 @@ inline cudaError_t prepare(const LaunchConfig& config, const void* kernel, unsig
   return status;
 }
 
-// How many of the launch's clusters the device has room for at once.
+// How many of the launch's clusters fit on the device at once.
 template <class... Parameters>
 cudaError_t clusters_at_once(const LaunchConfig& config, void (*kernel)(Parameters...), unsigned* clusters) {
   return prepare(config, reinterpret_cast<const void*>(kernel), clusters);
 }
 
-// cudaErrorCooperativeLaunchTooLarge, where the device has no room for blocks that wait for each other, comes from here
-// and not from the launch: there it would end the capture of a graph.
+// If blocks that wait for each other do not all fit on the device, this function itself returns
+// cudaErrorCooperativeLaunchTooLarge. The same error from CUDA's launch would end the capture of a graph.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   unsigned blocks = 0;
@@ -146,7 +147,7 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Ar
   return cudaLaunchKernelEx(&c, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...);
 }
 
-// sizeof(T) is a power of two up to 16, and p a multiple of it.
+// sizeof(T) is a power of two up to 16, and p is aligned to it.
 template <class T>
 __device__ __forceinline__ T load_global(const T* p) {
   return *p;
@@ -156,21 +157,22 @@ __device__ __forceinline__ void store_global(T* p, T value) {
   *p = value;
 }
 
-// What another block of this launch wrote before its fence: past the L1 cache, which is not coherent.
+// Loads what another block of this launch wrote before its fence. It bypasses the L1 cache, which is not coherent.
 template <class T>
 __device__ __forceinline__ T load_from_other_block(const T* p) {
   return __ldcg(p);
 }
 
-// A word that another block of this launch is about to change, for a thread that waits for it. Orders nothing else.
+// Loads a word that another block of this launch is about to change. A waiting thread calls it in a loop. It orders no
+// other access.
 __device__ __forceinline__ unsigned load_again(const unsigned* p) {
   unsigned value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
 
-// All threads of the `blocks` blocks of a cluster wait for each other, and see what the others wrote before: to memory,
-// and to their shared memory. One block is a cluster wherever it runs; before sm_90 there are no others.
+// All threads of a cluster of `blocks` blocks wait for each other. Afterwards they see what the others wrote before, in
+// global memory and in their shared memory. A cluster of one block works on every GPU; larger ones need sm_90.
 __device__ __forceinline__ void cluster_barrier(unsigned blocks) {
 #if __CUDA_ARCH__ >= 900
   if (blocks > 1) {
@@ -184,7 +186,8 @@ __device__ __forceinline__ void cluster_barrier(unsigned blocks) {
   __syncthreads();
 }
 
-// The object of block `rank` of the cluster that has the place of *p, an object in this block's shared memory.
+// p points to an object in this block's shared memory. Returns the pointer to the same object of block `rank` of the
+// cluster.
 template <class T>
 __device__ __forceinline__ const T* shared_of_block(const T* p, unsigned rank) {
 #if __CUDA_ARCH__ >= 900
@@ -193,13 +196,14 @@ __device__ __forceinline__ const T* shared_of_block(const T* p, unsigned rank) {
   return p;
 }
 
-// `value`, unknown to the compiler: in a loop, what follows from it is computed in every round, not kept in registers.
+// Returns `value`, but hides that from the compiler. So code in a loop that depends on it is computed in every round,
+// and does not occupy registers between rounds.
 __device__ __forceinline__ uint32_t recomputed(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
 
-// v of the lane whose number differs in the bits of `lanes`; all 32 lanes call it. One word at a time.
+// Returns v of lane (own lane ^ lanes), one word of 4 bytes at a time. All 32 lanes of the warp call it.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T v, int lanes) {
   static_assert(sizeof(T) % 4 == 0);
@@ -215,16 +219,16 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
-// Whether the device has copies from global to shared memory that the thread does not wait for, which are below.
+// Whether the device has asynchronous copies from global to shared memory (cp.async).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kHasCopiesAsync = false;
 #else
 constexpr bool kHasCopiesAsync = true;
 #endif
 
-// A copy of 16 bytes. Copies form groups, which end in order: cp_async_wait<n> waits until at most the last n groups of
-// this thread are under way. `kThroughL1`: the thread copies the other half of the 32 bytes as well, which past the L1
-// cache the L2 cache would be asked for twice.
+// Copies 16 bytes asynchronously. Copies form groups, which end in order: cp_async_wait<n> waits until at most the last
+// n groups of this thread are unfinished. `kThroughL1` is for a thread that also copies the other half of the 32 bytes:
+// without the L1 cache, the L2 cache would serve the same 32 bytes twice.
 template <bool kThroughL1>
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   if constexpr (kThroughL1) {

@@ -1,14 +1,14 @@
 // What happens to a value, forward and backward: normalize, scale and shift, add, activate. Each activation is a type
-// with its value and its derivative side by side; values and gradients, ties included, are those of
-// torch.nn.functional. Gradients are selected and never multiplied by zero, so that an infinite grad_y does not leak
-// through a closed ReLU.
+// that has its value and its derivative side by side. Values and gradients equal those of torch.nn.functional, also at
+// ties. A gradient is selected, and never multiplied by zero, so that an infinite grad_y does not leak through a closed
+// ReLU.
 #pragma once
 #include "batch_norm.h"
 #include "kernels/pack.cuh"
 
 namespace bnfused {
 
-// Element c of a per-channel tensor, whatever its dtype; `missing` where there is none.
+// Element c of a per-channel tensor of any dtype, or `missing` if there is no such tensor.
 __device__ __forceinline__ double read(const PerChannel& t, int64_t c, double missing) {
   if (t.data == nullptr) return missing;
   switch (t.dtype) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void write(const PerChannel& t, int64_t c, double val
   }
 }
 
-// The moments of one channel, and what is the same for all of them; as in cpu/moments.h.
+// Write the packed moments of one channel, and the count that all channels share. cpu/moments.h does the same.
 __device__ __forceinline__ void pack(const PackedMoments& to, int64_t c, double mean, double m2, double count) {
   write(to.mean, c, mean);
   write(to.mean_rest, c, rest_of(mean));
@@ -51,7 +51,8 @@ __device__ __forceinline__ void pack_count(const PackedMoments& to, double count
   write(to.count_rest, 0, rest_of(count));
 }
 
-// One channel's transform. The mean is a pair of floats: float32 alone loses the difference once mean / std passes 1e4.
+// The transform of one channel. The mean is a pair of values of A: a single float32 loses the difference x - mean once
+// mean / std exceeds 1e4.
 template <class A>
 struct Affine {
   A mean, mean_rest, scale, bias;
@@ -59,16 +60,16 @@ struct Affine {
   Affine() = default;
   __device__ __forceinline__ Affine(double mean_, double invstd, double weight, double bias_)
       : mean(A(mean_)), mean_rest(A(mean_ - double(A(mean_)))), scale(A(weight * invstd)), bias(A(bias_)) {
-    if (!(mean_rest == mean_rest)) mean_rest = 0;  // infinity - infinity; the mean itself carries it
+    if (!(mean_rest == mean_rest)) mean_rest = 0;  // it was infinity - infinity, or NaN; the mean carries that
   }
 
   __device__ __forceinline__ A centered(A x) const { return (x - mean) - mean_rest; }
   __device__ __forceinline__ A operator()(A x) const { return fma(centered(x), scale, bias); }
 };
 
-// An activation works on the 8 values of a unit: z becomes the value, or g becomes g times the derivative at z. What
-// the unit does not own is computed like the rest, and dropped. kLoads is how many units of T a thread loads before it
-// uses the first, and kUnrolled whether each of them has code of its own.
+// An activation works on the 8 values of a unit. `activate` replaces z by the value at z. `differentiate` multiplies g
+// by the derivative at z. Values outside the span are computed like the others, and dropped later. kLoads is the number
+// of units of T that a thread loads before it uses the first. kUnrolled says whether each of them has code of its own.
 struct Identity {
   static constexpr bool kNeedsZ = false;
   static constexpr bool kMasked = false;
@@ -98,7 +99,7 @@ struct ReLU {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) z[k] = z[k] <= 0 ? Accumulate<T>(0) : z[k];  // NaN stays
   }
-  // Flows exactly where the stored y is positive: a positive z may round to zero.
+  // The gradient flows exactly where the stored y is positive. A positive z may round to a y of zero.
   template <class T>
   __device__ __forceinline__ void differentiate(Accumulate<T> (&g)[kUnit], const Accumulate<T> (&z)[kUnit]) const {
 #pragma unroll
@@ -106,7 +107,8 @@ struct ReLU {
   }
 };
 
-// ReLU where a residual was added: the backward reads one bit for each value, and neither the residual nor z.
+// The backward of ReLU after a residual was added. It reads one bit for each value, and so needs neither the residual
+// nor z.
 struct MaskedReLU {
   static constexpr bool kNeedsZ = false;
   static constexpr bool kMasked = true;
@@ -121,9 +123,9 @@ template <class A>
 __device__ __forceinline__ A sigmoid(A z) {
   return quotient(A(1), A(1) + exp(-z));
 }
-// The share of a standard normal below z.
+// The cumulative distribution function of the standard normal distribution.
 __device__ __forceinline__ float normal_cdf(float z) { return 0.5f * (1 + erf(z * 0.70710678118654752440f)); }
-// A call: eight of them side by side would take more registers than a thread has.
+// Not inlined: eight of them side by side would take more registers than a thread has.
 static __device__ __attribute__((noinline)) double normal_cdf(double z) {
   return 0.5 * (1 + erf(z * 0.70710678118654752440));
 }
@@ -143,8 +145,8 @@ __device__ __forceinline__ void for_each_value(A (&values)[kUnit], const A (&at)
   for (int k = 0; k < kUnit; ++k) values[k] = f(values[k], at[k]);
 }
 
-// The activations that are not worth a kernel of their own: chosen while running, once for a unit. Units take turns,
-// for every place where they are inlined is 2,000 instructions.
+// The activations that are not worth a kernel of their own. A thread chooses one at run time, once for each unit. The
+// loop over units is not unrolled, because each copy of this code has 2,000 instructions.
 struct AnyActivation {
   static constexpr bool kNeedsZ = true;
   static constexpr bool kMasked = false;
@@ -163,7 +165,7 @@ struct AnyActivation {
     const A parameter = A(param);
     switch (activation) {
       case Activation::kIdentity:
-      case Activation::kReLU:  // have kernels of their own
+      case Activation::kReLU:  // these two have kernels of their own
         break;
       case Activation::kReLU6:
         return for_each_value(values, [](A z) { return clamp(z, A(0), A(6)); });
@@ -202,7 +204,7 @@ struct AnyActivation {
       case Activation::kSiLU:
         return for_each_value(gradients, at, [](A g, A z) {
           const A e = exp(-z), s = quotient(A(1), A(1) + e);
-          // Close to 1, 1 - s would be the error of s, which z makes larger.
+          // If s is close to 1, then 1 - s is mostly the rounding error of s, and z would multiply that error.
           return g * s * fma(z, z > 0 ? e * s : A(1) - s, A(1));
         });
       case Activation::kGELU:
@@ -211,7 +213,7 @@ struct AnyActivation {
           return g * fma(z, density, normal_cdf(z));
         });
       case Activation::kHardswish:
-        // In this order NaN takes the branch that keeps it.
+        // The order matters: NaN must take the last branch, which keeps it.
         return for_each_value(gradients, at,
                               [](A g, A z) { return z <= -3 ? A(0) : (z >= 3 ? g : g * fma(z, A(1.0 / 3), A(0.5))); });
       case Activation::kSigmoid:

@@ -6,29 +6,32 @@
 //
 // What a pass calls, in this order, for each step of a thread:
 //
-//   source.load(loaded, unit, span, step)   in both passes: the unit's values, from wherever they are
-//   source.keep(loaded, span, step)         in the first pass: they have been loaded, and may be needed again
-//   source.used(step)                       in the second pass: they are not needed any more
+//   source.load(loaded, unit, span, step)   both passes: gets the unit's values, from wherever they are
+//   source.keep(loaded, span, step)         first pass: the values were loaded, and may be needed again
+//   source.used(step)                       second pass: the values are not needed any more
 //
-// What a source calls. A body of the first pass has the first three, one of the second pass the others as well:
+// What a source calls. Each body has `Value`, the type of a value, and `Loaded`, a unit's values of all tensors as a
+// thread has loaded them. The forward has a body for each pass: StatsBody sums, and ForwardBody applies. BackwardBody
+// serves both passes.
 //
-//   Value, Loaded                           the type of a value; what a thread has of a unit, of all tensors
-//   body.load(loaded, unit, span)           from global memory
-//   body.receive(loaded, kept, step, unit)  from shared memory, where the unit was fetched ahead; the rest from memory
-//   body.keep(loaded, kept, step, fetched)  into shared memory; `fetched`: it lies there already
-//   body.recall(loaded, kept, step, unit, span)  from shared memory, in the second pass
-//   body.fetch(kept, step, unit)            starts copies of a unit of the next tile into shared memory
-//   body.tensors()                          how many packs of a unit are kept
+//   body.load(loaded, unit, span)                  both passes: loads the unit from global memory
+//   body.receive(loaded, kept, step, unit)         first pass: takes what was fetched from shared memory, and loads the
+//                                                  rest from global memory
+//   body.keep(loaded, kept, step, fetched)         first pass: puts the unit into shared memory; `fetched` says that it
+//                                                  was fetched, so that its tensors lie there already
+//   body.recall(loaded, kept, step, unit, span)    second pass: takes what was kept from shared memory, and loads the
+//                                                  rest from global memory
+//   body.fetch(kept, step, unit)                   starts the copies of a unit of the next tile into shared memory
 //
 // What the second pass calls (sweep.cuh):
 //
-//   Constants                               what it needs to know of a channel
-//   kLoads                                  units that a thread loads before it uses the first
-//   kUnrolled                               each of them has code of its own; otherwise they take turns
-//   body.store(loaded, unit, span, constants_of)  constants_of(k) are the Constants of value k
+//   Constants                                      what the body needs to know of a channel
+//   kLoads                                         units that a thread loads before it uses the first
+//   kUnrolled                                      whether each of them has code of its own, or a loop takes them
+//   body.store(loaded, unit, span, constants_of)   constants_of(k) returns the Constants of value k
 //
-// and `constants(channel, owns)` makes the Constants. `owns` is true in one block for each channel, which may then
-// write what belongs to the channel.
+// A kernel gives the second pass a function `constants(channel, owns)`, which makes the Constants. `owns` is true in
+// one block for each channel. That block may write what belongs to the channel.
 #pragma once
 #include "kernels/layout.cuh"
 #include "kernels/on_chip.cuh"
@@ -48,8 +51,8 @@ struct FromMemory {
   __device__ __forceinline__ void used(uint32_t /*step*/) const {}
 };
 
-// Source of the first pass where units are kept: from memory, but for those that were fetched while the tile before was
-// finished.
+// Source of the first pass where units are kept. Units come from memory, except for those that were fetched while the
+// previous tile was processed.
 template <class Body>
 struct ToKeep {
   const Body& body;
@@ -72,14 +75,14 @@ template <class Body, class Units>
 struct Fetch {
   const Body& body;
   const OnChip<typename Body::Value>& kept;
-  Units unit_of;  // by its step
-  bool wanted;    // there is a next tile, and the device and the addresses let it be fetched
+  Units unit_of;  // the unit of a step
+  bool wanted;    // there is a next tile, the device has asynchronous copies, and the tensors are aligned for them
 
-  // Into slots that are free while this tile is kept.
+  // Fetches into slots that are free while this tile is kept.
   __device__ __forceinline__ void ahead() const {
     for (uint32_t step = 0; wanted && step < kept.ahead(); ++step) fetch(step);
   }
-  // Into the slot of a unit of this tile that is not needed any more.
+  // Fetches into the slot of a unit of this tile that is not needed any more.
   __device__ __forceinline__ void in_place_of(uint32_t step) const {
     if (wanted && step >= kept.ahead() && kept.has(step)) fetch(step);
   }

@@ -1,4 +1,5 @@
-// The pass over a tensor that applies: every unit is visited once, last-read first, with the constants of its channels.
+// The pass over a tensor that applies. It visits every unit once, with the constants of its channels. It starts with
+// the units that were read last, because those are probably still in the L2 cache.
 //
 // source.cuh says what a Body is, and where a pass finds its units.
 #pragma once
@@ -6,8 +7,8 @@
 
 namespace bnfused {
 
-// Calls f(i, loaded[i]) for each of the units that a thread has loaded, with code of its own for each if they are to be
-// unrolled. Else in a loop, through which they move to the front: registers have no index.
+// Calls f(i, loaded[i]) for each of the units that a thread has loaded. If the body is unrolled, each call has code of
+// its own. Otherwise a loop moves the units to the front one by one, because registers cannot be indexed.
 template <class Body, int kLoads, class F>
 __device__ __forceinline__ void for_each_loaded(typename Body::Loaded (&loaded)[kLoads], F f) {
   if constexpr (Body::kUnrolled) {
@@ -25,7 +26,7 @@ __device__ __forceinline__ void for_each_loaded(typename Body::Loaded (&loaded)[
   }
 }
 
-// Rows of a column.
+// Applies to the units of the thread's column, in the rows of its part.
 template <class Body, class Source, class ConstantsOf>
 __device__ __forceinline__ void sweep_column(const Body& body, const Source& source, int64_t numel, const Rows& s,
                                              const RowsThread& thread, const ConstantsOf& constants_of) {
@@ -34,7 +35,7 @@ __device__ __forceinline__ void sweep_column(const Body& body, const Source& sou
   const uint32_t units = uint32_t((numel + kUnit - 1) / kUnit);
   const uint32_t begin = part_begin(s.rows, thread.part, s.parts);
   const uint32_t end = part_begin(s.rows, thread.part + 1, s.parts);
-  // Rows of this thread, counted from the last.
+  // How many rows this thread has. It takes the last one first.
   const uint32_t rows = (end - begin + s.row_slots - 1 - thread.row_slot) / s.row_slots;
   for (uint32_t done = 0; done < rows; done += kLoads) {
     typename Body::Loaded loaded[kLoads];
@@ -56,13 +57,13 @@ __device__ __forceinline__ void sweep_column(const Body& body, const Source& sou
   }
 }
 
-// The constants of the 8 values of a thread's column: in registers, or in shared memory where those of float64 would
-// take 80 of them.
+// The constants of the 8 values of a thread's column. They are in registers, except for float64, where they would take
+// 80 registers. There they are in shared memory.
 template <class Constants>
 class ColumnConstants {
  public:
-  // The block makes those of its tile together, in `table`: kUnit * tile of them. All threads come here; what was in
-  // the table must not be needed any more.
+  // The threads of the block compute the constants of its tile together, in `table`, which has room for kUnit * tile of
+  // them. All threads must call this, when the old content of the table is not needed any more.
   template <class MakeConstants>
   __device__ __forceinline__ ColumnConstants(Constants* table, const Rows& s, const RowsThread& thread,
                                              MakeConstants constants)
@@ -102,18 +103,18 @@ __device__ __forceinline__ void sweep_rows(const Body& body, int64_t numel, cons
   sweep_column(body, FromMemory<Body>{body}, numel, s, thread, ColumnConstants<Constants>(table, s, thread, constants));
 }
 
-// A block's units, in memory order, of whatever planes they are.
+// Applies to a run of units in memory order, which may belong to any number of planes.
 template <class Body, class MakeConstants>
 __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, const Flat& s, MakeConstants constants) {
   using Constants = typename Body::Constants;
   constexpr int kLoads = Body::kLoads;
   BNFUSED_DYNAMIC_SHARED(Constants, table);
-  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // the end of the tensor was read last
+  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // first the end of the tensor, which was read last
   const uint32_t begin = block * s.units_per_block;
   const uint32_t end = s.units - begin < s.units_per_block ? s.units : begin + s.units_per_block;
   const uint64_t first_value = uint64_t(begin) * kUnit;
   const uint64_t first_plane = divide(first_value, s.by_inner);
-  // The last unit may reach beyond the tensor: the channels of the planes that would be there are some.
+  // The last unit may reach beyond the tensor. The planes that would lie there get channels like all others.
   const uint32_t planes = uint32_t(divide(uint64_t(end) * kUnit - 1, s.by_inner) - first_plane) + 1;
   for (uint32_t i = threadIdx.x; i < planes; i += blockDim.x) {
     const uint64_t plane = first_plane + i;
@@ -134,7 +135,7 @@ __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, cons
       const Span span = span_of(u, numel);
       const uint64_t value = uint64_t(u) * kUnit;
       const uint64_t plane = divide(value, s.by_inner);
-      const uint64_t place = value - plane * s.inner;  // in the plane
+      const uint64_t place = value - plane * s.inner;  // of the value in its plane
       const Constants* of_unit = table + (plane - first_plane);
       if (place + kUnit <= s.inner) {
         const Constants one = *of_unit;
@@ -150,14 +151,14 @@ __device__ __forceinline__ void sweep_flat(const Body& body, int64_t numel, cons
   }
 }
 
-// All units of one channel that are of this block.
+// Applies to this block's units of one channel.
 template <class Body, class Source>
 __device__ __forceinline__ void sweep_channel(const Body& body, const Source& source, const Planes& s,
                                               const PlanesBlock& block, const typename Body::Constants& constants) {
   constexpr int kLoads = Body::kLoads;
   const uint32_t begin = block.begin + threadIdx.x;
   const auto constants_of = [&](int) { return constants; };
-  // Units of this thread, the last first: fewer than 2^31, for a block has 32 threads.
+  // The thread takes its last unit first. It has fewer than 2^31, because a block has at least 32 threads.
   for (int left = int((block.end - begin + blockDim.x - 1) / blockDim.x); left > 0; left -= kLoads) {
     typename Body::Loaded loaded[kLoads];
 #pragma unroll
