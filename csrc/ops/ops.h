@@ -1,4 +1,4 @@
-// The ops, once for every backend: checks, allocation, saved tensors. A backend is a struct with
+// The ops, written once for every backend: checks, allocation, saved tensors. A backend is a struct with
 //
 //   static void batch_norm_train(const TrainArgs&, c10::Device);
 //   static void batch_norm_apply(const ApplyArgs&, c10::Device);
@@ -6,157 +6,25 @@
 //   static void batch_norm_stats(const MomentsArgs&, c10::Device);
 //   static void batch_norm_gather_stats(const GatherArgs&, c10::Device);
 //   static at::Tensor empty_like(const at::Tensor&);
-//   static void copy(const at::Tensor& from, const at::Tensor& to);  // of one shape, in any memory order
+//   static void copy(const at::Tensor& from, const at::Tensor& to);  // same shape, any memory order
 //
-// Everything is checked before anything is allocated or written: an error leaves the running statistics as they were.
+// Every check comes before any allocation or write, so an error leaves the running statistics unchanged.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_native.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "batch_norm.h"
+#include "ops/checks.h"
+#include "ops/memory_order.h"
 
 namespace bnfused::ops {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-inline DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kFloat:
-      return DType::kFloat32;
-    default:
-      return DType::kFloat64;
-  }
-}
-
-// As Python calls it.
-inline std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
-
-// The arguments of one call, checked against x. `op` names the op in every message.
-class Checker {
- public:
-  Checker(const char* op, const at::Tensor& x) : op_(op), x_(x) {
-    TORCH_CHECK(x.layout() == at::kStrided, op_, ": expected x to be a dense (strided) tensor, got ", x.layout());
-    TORCH_CHECK(x.dim() >= 2, op_, ": expected x of shape [N, C, ...], got ", x.sizes());
-    const auto t = x.scalar_type();
-    TORCH_CHECK(t == at::kHalf || t == at::kBFloat16 || t == at::kFloat || t == at::kDouble, op_,
-                ": expected x of float16, bfloat16, float32 or float64, got ", name_of(t));
-  }
-
-  void per_channel(const OptionalTensor& t, const char* name) const {
-    if (!t) return;
-    TORCH_CHECK(t->dim() == 1 && t->size(0) == x_.size(1), op_, ": expected ", name, " of shape [", x_.size(1),
-                "], got ", t->sizes());
-    const auto own = x_.scalar_type(), wide = own == at::kDouble ? at::kDouble : at::kFloat;
-    TORCH_CHECK(t->scalar_type() == own || t->scalar_type() == wide, op_, ": expected ", name, " of ", name_of(wide),
-                own == wide ? "" : " or " + name_of(own), " beside x of ", name_of(own), ", got ",
-                name_of(t->scalar_type()));
-    device(*t, name);
-  }
-
-  void count(const OptionalTensor& t) const {
-    if (!t) return;
-    TORCH_CHECK(t->scalar_type() == at::kLong && t->numel() == 1, op_,
-                ": expected num_batches_tracked to be one int64, got ", t->sizes(), " of ", name_of(t->scalar_type()));
-    device(*t, "num_batches_tracked");
-  }
-
-  void like_x(const OptionalTensor& t, const char* name) const {
-    if (!t) return;
-    TORCH_CHECK(t->sizes() == x_.sizes(), op_, ": expected ", name, " of shape ", x_.sizes(), ", got ", t->sizes());
-    TORCH_CHECK(t->scalar_type() == x_.scalar_type(), op_, ": expected ", name, " of ", name_of(x_.scalar_type()),
-                ", got ", name_of(t->scalar_type()));
-    TORCH_CHECK(t->layout() == at::kStrided, op_, ": expected ", name, " to be a dense (strided) tensor, got ",
-                t->layout());
-    device(*t, name);
-  }
-
-  void saved_statistic(const at::Tensor& t, const char* name) const {
-    TORCH_CHECK(t.dim() == 1 && t.size(0) == x_.size(1) && t.scalar_type() == at::kDouble && t.is_contiguous(), op_,
-                ": expected ", name, " of shape [", x_.size(1), "] and float64, got ", t.sizes(), " of ",
-                name_of(t.scalar_type()));
-    device(t, name);
-  }
-
-  void batch_sums(const at::Tensor& sums, const at::Tensor& count) const {
-    TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == x_.size(1) &&
-                    sums.scalar_type() == at::kDouble && sums.is_contiguous(),
-                op_, ": expected sums of shape [2, ", x_.size(1), "] and float64, got ", sums.sizes(), " of ",
-                name_of(sums.scalar_type()));
-    device(sums, "sums");
-    TORCH_CHECK(count.numel() == 1 && count.scalar_type() == at::kDouble, op_,
-                ": expected count to be one float64, got ", count.sizes(), " of ", name_of(count.scalar_type()));
-    device(count, "count");
-  }
-
-  Epilogue epilogue(int64_t activation, double param) const {
-    TORCH_CHECK(activation >= 0 && activation < kActivations, op_, ": expected activation in [0, ", kActivations,
-                "), got ", activation);
-    return {static_cast<Activation>(activation), param};
-  }
-
- private:
-  void device(const at::Tensor& t, const char* name) const {
-    TORCH_CHECK(t.device() == x_.device(), op_, ": expected ", name, " on ", x_.device(), ", got ", t.device());
-  }
-
-  const char* op_;
-  const at::Tensor& x_;
-};
-
-// x's memory as outer x channels x inner; x is dense. Dimensions of size 1 have no place in memory, whatever their
-// stride says.
-inline Problem problem_of(const at::Tensor& x) {
-  Problem p{1, x.size(1), 1, dtype_of(x)};
-  const bool one_channel = x.size(1) == 1;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (d == 1) continue;
-    const bool inside = one_channel || x.stride(d) < x.stride(1);
-    (inside && x.size(d) != 1 ? p.inner : p.outer) *= x.size(d);
-  }
-  return p;
-}
-
-// x, or a copy of it with the strides that empty_like gives: dense, and the order of dimensions kept.
-inline at::Tensor dense(const at::Tensor& x) {
-  if (x.is_non_overlapping_and_dense()) return x;
-  return at::empty_like(x).copy_(x);
-}
-
-inline bool same_memory_order(const at::Tensor& t, const at::Tensor& like) {
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) != 1 && t.stride(d) != like.stride(d)) return false;
-  }
-  return true;
-}
-
-// t in the memory order of `like`, which is dense and of the same shape. Torch's kernels that read two layouts at once
-// are 5 to 18 times slower than this copy and one layout.
-template <class Backend>
-at::Tensor in_order_of(const at::Tensor& t, const at::Tensor& like) {
-  if (same_memory_order(t, like)) return t;
-  const at::Tensor ordered = Backend::empty_like(like);
-  Backend::copy(t, ordered);
-  return ordered;
-}
-
-template <class Backend>
-OptionalTensor in_order_of(const OptionalTensor& t, const at::Tensor& like) {
-  if (!t) return std::nullopt;
-  return in_order_of<Backend>(*t, like);
-}
 
 inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
@@ -169,18 +37,18 @@ inline PerChannel written(const OptionalTensor& t) {
   return t ? PerChannel{t->mutable_data_ptr(), dtype_of(*t)} : PerChannel{};
 }
 
-// A backend reads these through the same struct that it writes through, and writes to none of them.
+// PerChannel serves for reading too. The const_cast is safe: a backend never writes to what it gets from here.
 inline PerChannel read(const OptionalTensor& t) {
   return t ? PerChannel{const_cast<void*>(t->const_data_ptr()), dtype_of(*t)} : PerChannel{};
 }
 
-// Where `t` had to be copied to be contiguous, what was written to the copy goes back.
+// If `t` was not contiguous, the backend wrote to a copy. This writes the result back to `t`.
 inline void copy_back(const OptionalTensor& copy, const OptionalTensor& t) {
   if (t && !copy->is_same(*t)) t->copy_(*copy);
 }
 
-// A tensor of x's device. On the CPU past the dispatcher, which takes about as long as the allocation: a training step
-// makes eight, and on a small tensor there is little else.
+// An uninitialized tensor on the device of x. On the CPU this skips the dispatcher, which takes about as long as the
+// allocation itself: a training step allocates eight tensors, and on a small tensor little else takes time.
 inline at::Tensor empty_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype) {
   if (x.is_cpu()) return at::native::empty_cpu(sizes, dtype);
   return at::empty(sizes, x.options().dtype(dtype));
@@ -250,22 +118,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
   return {y, saved.mean, saved.invstd, saved.mask};
 }
 
-// Shared by the op that keeps what a backward needs and the one that does not.
+// Normalizes x with the statistics that are given: what batch_norm_eval, batch_norm_frozen and batch_norm_apply share.
+// Fills `saved`, unless it is nullptr, with what the backward needs.
 template <class Backend>
-at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const OptionalTensor& weight_in,
-                                   const OptionalTensor& bias_in, const at::Tensor& running_mean_in,
-                                   const at::Tensor& running_var_in, const OptionalTensor& residual_in, double eps,
-                                   int64_t activation, double activation_param, Saved* saved,
-                                   bool exact_statistics = false) {
+at::Tensor apply_statistics(const char* op, const at::Tensor& x_in, const OptionalTensor& weight_in,
+                            const OptionalTensor& bias_in, const at::Tensor& mean_in, const at::Tensor& var_in,
+                            const OptionalTensor& residual_in, double eps, int64_t activation, double activation_param,
+                            Saved* saved, bool exact_statistics = false) {
   const Checker check(op, x_in);
   check.per_channel(weight_in, "weight");
   check.per_channel(bias_in, "bias");
   if (exact_statistics) {
-    check.saved_statistic(running_mean_in, "mean");
-    check.saved_statistic(running_var_in, "var");
+    check.saved_statistic(mean_in, "mean");
+    check.saved_statistic(var_in, "var");
   } else {
-    check.per_channel(running_mean_in, "running_mean");
-    check.per_channel(running_var_in, "running_var");
+    check.per_channel(mean_in, "running_mean");
+    check.per_channel(var_in, "running_var");
   }
   check.like_x(residual_in, "residual");
   const Epilogue epilogue = check.epilogue(activation, activation_param);
@@ -275,7 +143,7 @@ at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const
   const Problem p = problem_of(x);
   const OptionalTensor residual = in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
-  const OptionalTensor running_mean = running_mean_in.contiguous(), running_var = running_var_in.contiguous();
+  const OptionalTensor mean = mean_in.contiguous(), var = var_in.contiguous();
   const at::Tensor y = Backend::empty_like(x);
 
   ApplyArgs args{};
@@ -285,8 +153,8 @@ at::Tensor batch_norm_with_running(const char* op, const at::Tensor& x_in, const
   args.y = y.mutable_data_ptr();
   args.weight = read(weight);
   args.bias = read(bias);
-  args.running_mean = read(running_mean);
-  args.running_var = read(running_var);
+  args.running_mean = read(mean);
+  args.running_var = read(var);
   args.eps = eps;
   args.epilogue = epilogue;
   if (saved) {
@@ -303,8 +171,8 @@ template <class Backend>
 at::Tensor batch_norm_eval(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                            const at::Tensor& running_mean, const at::Tensor& running_var,
                            const OptionalTensor& residual, double eps, int64_t activation, double activation_param) {
-  return batch_norm_with_running<Backend>("bnfused::batch_norm_eval", x, weight, bias, running_mean, running_var,
-                                          residual, eps, activation, activation_param, nullptr);
+  return apply_statistics<Backend>("bnfused::batch_norm_eval", x, weight, bias, running_mean, running_var, residual,
+                                   eps, activation, activation_param, nullptr);
 }
 
 template <class Backend>
@@ -313,8 +181,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_frozen(
     const at::Tensor& running_var, const OptionalTensor& residual, double eps, int64_t activation,
     double activation_param) {
   Saved saved;
-  at::Tensor y = batch_norm_with_running<Backend>("bnfused::batch_norm_frozen", x, weight, bias, running_mean,
-                                                  running_var, residual, eps, activation, activation_param, &saved);
+  at::Tensor y = apply_statistics<Backend>("bnfused::batch_norm_frozen", x, weight, bias, running_mean, running_var,
+                                           residual, eps, activation, activation_param, &saved);
   return {y, saved.mean, saved.invstd, saved.mask};
 }
 
@@ -397,23 +265,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor
                                                                 double eps, int64_t activation,
                                                                 double activation_param) {
   Saved saved;
-  at::Tensor y = batch_norm_with_running<Backend>("bnfused::batch_norm_apply", x, weight, bias, mean, var, residual,
-                                                  eps, activation, activation_param, &saved,
-                                                  /*exact_statistics=*/true);
+  at::Tensor y = apply_statistics<Backend>("bnfused::batch_norm_apply", x, weight, bias, mean, var, residual, eps,
+                                           activation, activation_param, &saved,
+                                           /*exact_statistics=*/true);
   return {y, saved.invstd, saved.mask};
 }
 
-// Of a batch of which x is a part: the sums of g and of g * xhat, and the number of values of a channel.
+// The sums of g and of g * xhat over the whole batch, of which x is a part, and the batch's values per channel.
 struct BatchSums {
   const at::Tensor &sums, &count;
 };
 
-inline std::tuple<PerChannel, PerChannel> rows_of(const at::Tensor& sums) {
+// The two rows of `sums`, which has shape [2, C]: the sums of g, and those of g * xhat.
+inline std::tuple<PerChannel, PerChannel> split_sums(const at::Tensor& sums) {
   char* data = static_cast<char*>(const_cast<void*>(sums.const_data_ptr()));
   return {{data, dtype_of(sums)}, {data + sums.size(1) * sums.element_size(), dtype_of(sums)}};
 }
 
-// Shared by the op that sums over x and the one that is given the sums.
+// What the three backward ops share. `of_batch`: the sums are given, over the whole batch; nullptr: they are computed
+// from x. `sums_of_x`: where the sums over x are written; nullptr: they are only used.
 template <class Backend>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_with(
     const char* op, const BatchSums* of_batch, const at::Tensor* sums_of_x, const at::Tensor& grad_y_in,
@@ -433,7 +303,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_w
 
   const at::Tensor x = dense(x_in);
   const Problem p = problem_of(x);
-  // The mask says all that ReLU needs of the residual, which may be left out beside it.
+  // The mask tells ReLU's gradient all that it needs to know about the residual, so the caller may omit the residual.
   const bool use_mask = epilogue.activation == Activation::kReLU && (residual_in || (mask && mask->numel() != 0));
   if (use_mask) {
     TORCH_CHECK(mask && mask->scalar_type() == at::kByte && mask->numel() == mask_bytes(p) && mask->is_contiguous(), op,
@@ -467,14 +337,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_w
   args.invstd = invstd.const_data_ptr<double>();
   args.training = training;
   if (of_batch) {
-    std::tie(args.sum_grad, args.sum_grad_xhat) = rows_of(of_batch->sums);
+    std::tie(args.sum_grad, args.sum_grad_xhat) = split_sums(of_batch->sums);
     args.batch_count = of_batch->count.const_data_ptr<double>();
   }
   args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
   if (need_weight) args.grad_weight = written(grad_weight);
   if (need_bias) args.grad_bias = written(grad_bias);
-  if (sums_of_x) std::tie(args.grad_bias, args.grad_weight) = rows_of(*sums_of_x);
+  if (sums_of_x) std::tie(args.grad_bias, args.grad_weight) = split_sums(*sums_of_x);
   args.epilogue = epilogue;
   Backend::batch_norm_backward(args, x.device());
   return {grad_x, grad_weight, grad_bias, grad_residual};
@@ -518,18 +388,32 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_backward_apply(const at::Tensor& g
   return {grad_x, grad_residual};
 }
 
-// Registers the backend for the ops of schema.cpp.
+template <class Signature>
+struct Op {
+  const char* name;
+  Signature* function;
+};
+
+// Every op of schema.cpp, with the function that computes it on a backend.
+template <class Backend>
+constexpr auto all_ops() {
+  return std::tuple{
+      Op{"batch_norm_train", batch_norm_train<Backend>},
+      Op{"batch_norm_frozen", batch_norm_frozen<Backend>},
+      Op{"batch_norm_eval", batch_norm_eval<Backend>},
+      Op{"batch_norm_backward", batch_norm_backward<Backend>},
+      Op{"batch_norm_stats", batch_norm_stats<Backend>},
+      Op{"batch_norm_gather_stats", batch_norm_gather_stats<Backend>},
+      Op{"batch_norm_apply", batch_norm_apply<Backend>},
+      Op{"batch_norm_backward_reduce", batch_norm_backward_reduce<Backend>},
+      Op{"batch_norm_backward_apply", batch_norm_backward_apply<Backend>},
+  };
+}
+
+// Registers the backend for every op.
 template <class Backend>
 void implement(torch::Library& m) {
-  m.impl("batch_norm_train", batch_norm_train<Backend>);
-  m.impl("batch_norm_frozen", batch_norm_frozen<Backend>);
-  m.impl("batch_norm_eval", batch_norm_eval<Backend>);
-  m.impl("batch_norm_backward", batch_norm_backward<Backend>);
-  m.impl("batch_norm_stats", batch_norm_stats<Backend>);
-  m.impl("batch_norm_gather_stats", batch_norm_gather_stats<Backend>);
-  m.impl("batch_norm_apply", batch_norm_apply<Backend>);
-  m.impl("batch_norm_backward_reduce", batch_norm_backward_reduce<Backend>);
-  m.impl("batch_norm_backward_apply", batch_norm_backward_apply<Backend>);
+  std::apply([&](const auto&... op) { (m.impl(op.name, op.function), ...); }, all_ops<Backend>());
 }
 
 }  // namespace bnfused::ops

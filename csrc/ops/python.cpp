@@ -15,7 +15,9 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "ops/ops.h"
@@ -124,10 +126,10 @@ class WithoutGil {
 };
 
 template <class Signature>
-struct Op;
+struct Caller;
 
 template <class Result, class... Args>
-struct Op<Result(Args...)> {
+struct Caller<Result(Args...)> {
   static PyObject* call(const c10::TypedOperatorHandle<Result(Args...)>& op, PyObject* const* args, Py_ssize_t count) {
     TORCH_CHECK_TYPE(count == sizeof...(Args), op.schema().name(), ": expected ", sizeof...(Args), " arguments, got ",
                      count);
@@ -148,49 +150,50 @@ struct Op<Result(Args...)> {
   }
 };
 
-template <const char* kName, class Signature>
+// The signatures of the ops are the same on every backend. This one names them, and is never called.
+struct AnyBackend {
+  static void batch_norm_train(const TrainArgs&, c10::Device) {}
+  static void batch_norm_apply(const ApplyArgs&, c10::Device) {}
+  static void batch_norm_backward(const BackwardArgs&, c10::Device) {}
+  static void batch_norm_stats(const MomentsArgs&, c10::Device) {}
+  static void batch_norm_gather_stats(const GatherArgs&, c10::Device) {}
+  static at::Tensor empty_like(const at::Tensor& x) { return x; }
+  static void copy(const at::Tensor&, const at::Tensor&) {}
+};
+
+constexpr auto kOps = all_ops<AnyBackend>();
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  const std::string full_name = std::string("bnfused::") + name;
+  return c10::Dispatcher::singleton().findSchemaOrThrow(full_name.c_str(), "").typed<Signature>();
+}
+
+template <size_t kIndex>
 PyObject* function(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kName, "").typed<Signature>();
-  return Op<Signature>::call(op, args, count);
+  constexpr auto kOp = std::get<kIndex>(kOps);
+  using Signature = std::remove_pointer_t<decltype(kOp.function)>;
+  static const auto op = find<Signature>(kOp.name);
+  return Caller<Signature>::call(op, args, count);
   END_HANDLE_TH_ERRORS
 }
 
-// The name of an op, of which the part after "bnfused::" is that of the function. No backend is asked for: a signature
-// is the same for all of them.
-template <const char* kName, class Signature>
-PyMethodDef method() {
-  constexpr size_t kNamespace = sizeof("bnfused::") - 1;
-  return {kName + kNamespace, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function<kName, Signature>)),
-          METH_FASTCALL, nullptr};
+template <size_t... kIndex>
+PyMethodDef* methods(std::index_sequence<kIndex...>) {
+  static PyMethodDef all[] = {
+      {std::get<kIndex>(kOps).name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function<kIndex>)),
+       METH_FASTCALL, nullptr}...,
+      {},
+  };
+  return all;
 }
-
-constexpr char kTrain[] = "bnfused::batch_norm_train";
-constexpr char kFrozen[] = "bnfused::batch_norm_frozen";
-constexpr char kEval[] = "bnfused::batch_norm_eval";
-constexpr char kBackward[] = "bnfused::batch_norm_backward";
-constexpr char kStats[] = "bnfused::batch_norm_stats";
-constexpr char kGatherStats[] = "bnfused::batch_norm_gather_stats";
-constexpr char kApply[] = "bnfused::batch_norm_apply";
-constexpr char kBackwardReduce[] = "bnfused::batch_norm_backward_reduce";
-constexpr char kBackwardApply[] = "bnfused::batch_norm_backward_apply";
 
 }  // namespace
 
 void add_functions(PyObject* module) {
-  static PyMethodDef methods[] = {
-      method<kTrain, decltype(batch_norm_train<void>)>(),
-      method<kFrozen, decltype(batch_norm_frozen<void>)>(),
-      method<kEval, decltype(batch_norm_eval<void>)>(),
-      method<kBackward, decltype(batch_norm_backward<void>)>(),
-      method<kStats, decltype(batch_norm_stats<void>)>(),
-      method<kGatherStats, decltype(batch_norm_gather_stats<void>)>(),
-      method<kApply, decltype(batch_norm_apply<void>)>(),
-      method<kBackwardReduce, decltype(batch_norm_backward_reduce<void>)>(),
-      method<kBackwardApply, decltype(batch_norm_backward_apply<void>)>(),
-      {},
-  };
-  if (PyModule_AddFunctions(module, methods) != 0) throw python_error();
+  PyMethodDef* all = methods(std::make_index_sequence<std::tuple_size_v<decltype(kOps)>>());
+  if (PyModule_AddFunctions(module, all) != 0) throw python_error();
 }
 
 }  // namespace bnfused::ops
