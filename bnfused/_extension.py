@@ -19,20 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnfused import fake
+
 REBUILD = "pip install --no-build-isolation -e ."
 
-# All ops of the library, which bnfused.ops takes; an extension that was built from older sources may lack some.
-OPS = (
-    "batch_norm_train",
-    "batch_norm_frozen",
-    "batch_norm_eval",
-    "batch_norm_backward",
-    "batch_norm_stats",
-    "batch_norm_gather_stats",
-    "batch_norm_apply",
-    "batch_norm_backward_reduce",
-    "batch_norm_backward_apply",
-)
+# Every op that the package calls. An extension that was built from older sources may lack some.
+OPS = tuple(fake.KERNELS)
 
 # Written by setup.py beside the extension: readable even where the extension itself does not load.
 _STAMP = Path(__file__).with_name("_build_info.txt")

@@ -12,7 +12,7 @@ from bnfused.activations import RELU_CODE
 
 
 def problem(x: Tensor) -> tuple[Any, Any, Any]:
-    """Outer x channels x inner, as ``x`` lies in memory; ``problem_of`` in ``csrc/ops/ops.h`` is its twin.
+    """Outer x channels x inner, as ``x`` lies in memory; ``problem_of`` in ``csrc/ops/memory_order.h`` is its twin.
 
     A channel's contiguous run has ``inner`` values: 1 where channels lie innermost.
     """
@@ -132,7 +132,8 @@ def _backward_apply(x: Tensor, output_mask: tuple[bool, bool], **_: Any) -> tupl
     )
 
 
-_KERNELS: dict[str, Callable[..., Any]] = {
+# Every op of csrc/ops/schema.cpp. This is the list of ops for the whole package: bnfused._extension.OPS.
+KERNELS: dict[str, Callable[..., Any]] = {
     "batch_norm_train": _train_or_frozen,
     "batch_norm_frozen": _train_or_frozen,
     "batch_norm_eval": _eval,
@@ -147,7 +148,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 
 def register(library: str = "bnfused") -> None:
     """Give torch the shapes; called once a library has defined the ops."""
-    for op in _KERNELS:
+    for op in KERNELS:
         torch.library.register_fake(f"{library}::{op}", _kernel(library, op))
 
 
@@ -155,6 +156,6 @@ def _kernel(library: str, op: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         arguments = named(op, args, library)
         check_devices(op, arguments)
-        return _KERNELS[op](**arguments)
+        return KERNELS[op](**arguments)
 
     return kernel

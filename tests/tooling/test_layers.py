@@ -15,7 +15,7 @@ _GRADIENTS = {"activations", "checks", "ops", "reference"}
 _CALLS = {"_extension", "activations", "checks", "ops", "reference", "autograd", "fake", "without_cuda"}
 PYTHON = {
     "activations": set(),
-    "_extension": set(),
+    "_extension": {"fake"},
     "ops": {"_extension"},
     "checks": set(),
     "reference": {"activations", "checks"},
