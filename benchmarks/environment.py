@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 import platform
 import re
@@ -95,6 +96,14 @@ def driver() -> str | None:
 def folder_of_device(results: Path, environment: Mapping[str, Any]) -> Path:
     """Where results of this device are kept in a folder of results."""
     return results / re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
+
+
+def missing_packages(console: Console, **needed: str) -> bool:
+    """Whether a module of ``needed`` cannot be imported; then the package that has it is named."""
+    missing = [package for module, package in needed.items() if not importlib.util.find_spec(module)]
+    if missing:
+        console.print(f"This needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    return bool(missing)
 
 
 def backend_line() -> str:

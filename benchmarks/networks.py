@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import math
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from benchmarks.report import FEW_PAIRS, make_console, mebibytes, milliseconds, 
 from benchmarks.results import NetworkResult, Run
 from benchmarks.running import finish, measure_each
 from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, precision, random_batch, training_step
-from benchmarks.timing import Budget, Clock, band, interleave, make_clock, paired_ratios
+from benchmarks.timing import Budget, Clock, band, interleave, make_clock, paired_ratios, using_threads
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-50": models.resnet50,
@@ -224,9 +223,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="of the images (default: 224, quick: 64)")
     parser.add_argument("--rounds", type=int, help="pairs of steps (default: 15)", default=15)
     parser.add_argument("--seconds", type=float, help="limit per case (default: 30, quick and GPU: 3)")
-    parser.add_argument(
-        "--limit", type=float, metavar="SECONDS", default=math.inf, help="begin nothing later than this"
-    )
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing later than this")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
     add_output_arguments(parser, "networks")
@@ -287,13 +284,9 @@ def measure_all(options: argparse.Namespace, clock: Clock, run: Run[NetworkResul
             share = result.memory["bnfused"] / result.memory["torch"]
             console.print(f"{case.title}: {ratio_text(result.ratio)} as fast, {share:.0%} of the memory", markup=False)
 
-    usual_threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        cases = all_cases(options.networks, options.dtypes, options.layouts)
+    cases = all_cases(options.networks, options.dtypes, options.layouts)
+    with using_threads(options.threads):
         measure_each(cases, run, options, console, measure_one, keep)
-    finally:
-        torch.set_num_threads(usual_threads)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ COLOURS = {OURS: "black", **{peer: f"C{index}" for index, peer in enumerate(PEER
 RATIO_TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 10, 20, 50, 100)
 
 
-def _subplots(*arguments: Any, **options: Any) -> tuple[Figure, Any]:
+def subplots(*arguments: Any, **options: Any) -> tuple[Figure, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,11 +31,11 @@ def _subplots(*arguments: Any, **options: Any) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=dpi)
     pyplot.close(figure)
 
 
@@ -70,7 +70,7 @@ class Curve:
 
 def save_predictions(curves: Mapping[str, Sequence[Curve]], title: str, path: Path) -> None:
     """Ratios that a model predicts, against the size of the activation: axes for each fusion."""
-    figure, every = _subplots(1, len(curves), sharey=True, figsize=(13, 4.5))
+    figure, every = subplots(1, len(curves), sharey=True, figsize=(13, 4.5))
     for axes, (fusion, of_fusion) in zip(every, curves.items(), strict=True):
         for index, curve in enumerate(of_fusion):  # pairs of layouts
             axes.plot(
@@ -84,7 +84,7 @@ def save_predictions(curves: Mapping[str, Sequence[Curve]], title: str, path: Pa
     every[0].set_ylim(bottom=0)
     every[-1].legend(fontsize=8)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_ratios(run: Run[CellResult], path: Path) -> None:
@@ -103,7 +103,7 @@ def save_ratios(run: Run[CellResult], path: Path) -> None:
     threads = sorted({summary.threads for summary in summaries})
     series = [(name, count) for name in names for count in threads]
     height = 1.8 + len(labels) * max(0.36, 0.1 * len(series))
-    figure, (left, right) = _subplots(1, 2, sharey=True, figsize=(15, height), width_ratios=(3, 2))
+    figure, (left, right) = subplots(1, 2, sharey=True, figsize=(15, height), width_ratios=(3, 2))
 
     def row(summary: Any, name: str) -> float:
         """Where ``name`` has its dots in the row of a group."""
@@ -148,7 +148,7 @@ def save_ratios(run: Run[CellResult], path: Path) -> None:
         right.vlines([], [], [], "black", linestyles=":", label="target, worst cell")
     figure.legend(fontsize=8, loc="outside lower center", ncols=len(series) + 3)
     figure.suptitle(title(run.environment) + "; diamonds: geometric means", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 SWEEP_AXES = {
@@ -175,7 +175,7 @@ def save_sweeps(run: Run[CellResult], path: Path) -> None:
             swept[sweep] = found
     if not swept:
         raise ValueError("save_sweeps: expected results of a sweep, got none")
-    figure, grid = _subplots(
+    figure, grid = subplots(
         len(swept), len(SWEEP_PANELS), figsize=(17, 1.2 + 3.6 * len(swept)), squeeze=False, sharey="row"
     )
     for (sweep, results), row in zip(swept.items(), grid, strict=True):
@@ -188,7 +188,7 @@ def save_sweeps(run: Run[CellResult], path: Path) -> None:
     }
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(title(run.environment) + f"; {run.results[0].dtype}", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_sweep(axes: Axes, run: Run[CellResult], sweep: str, results: Sequence[CellResult]) -> None:
@@ -246,7 +246,7 @@ def draw_sweep(axes: Axes, run: Run[CellResult], sweep: str, results: Sequence[C
 def save_networks(run: Run[NetworkResult], path: Path) -> None:
     """A column per network: images per second above, with the quartiles of a step's time, and peak memory below."""
     networks = list(dict.fromkeys(result.network for result in run.results))
-    figure, (upper, lower) = _subplots(2, len(networks), figsize=(2 + 4.5 * len(networks), 7.5), squeeze=False)
+    figure, (upper, lower) = subplots(2, len(networks), figsize=(2 + 4.5 * len(networks), 7.5), squeeze=False)
     for network, speed_axes, memory_axes in zip(networks, upper, lower, strict=True):
         results = [result for result in run.results if result.network == network]
         for offset, name in ((-0.2, "torch"), (0.2, OURS)):
@@ -276,4 +276,4 @@ def save_networks(run: Run[NetworkResult], path: Path) -> None:
     figure.legend(*upper[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     size = run.settings["size"]
     figure.suptitle(f"{title(run.environment)}; images of {size}x{size}\nmemory: {run.settings['memory']}", fontsize=9)
-    _save(figure, path)
+    save(figure, path)

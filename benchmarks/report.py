@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.cases import DTYPE_BYTES, FUSION_LABELS, Cell, Target, target
 from benchmarks.peers import OURS
 from benchmarks.results import CellResult, PeerResult, Run
-from benchmarks.timing import Band, geometric_mean
+from benchmarks.timing import Band, band, geometric_mean, paired_ratios
 
 FEW_PAIRS = 5
 
@@ -79,6 +79,16 @@ def plain_table(title: str, left: Sequence[str], right: Sequence[str], closing: 
     for heading in closing:
         table.add_column(heading)
     return table
+
+
+PAIRED_COLUMNS = ("torch ms", "bnfused ms", "torch/bnfused", "25-75 %", "pairs")
+
+
+def paired_columns(theirs: Sequence[float | None], ours: Sequence[float | None]) -> list[str]:
+    """The median times of torch and bnfused in seconds, and the ratios round by round, for PAIRED_COLUMNS."""
+    ratios = paired_ratios(theirs, ours)
+    times = (milliseconds(band([1e3 * s for s in samples if s is not None])) for samples in (theirs, ours))
+    return [*times, ratio_text(band(ratios)), spread(band(ratios)), str(len(ratios))]
 
 
 def cell_table(title: str, results: Sequence[CellResult]) -> Table:

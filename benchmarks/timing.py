@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -49,20 +50,17 @@ class Band(NamedTuple):
 
 def band(values: Sequence[float]) -> Band | None:
     """Quartiles of ``values``; None of nothing."""
-    if not values:
-        return None
-    if len(values) == 1:
-        return Band(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Band(low, median, high)
+    if len(values) < 2:
+        return Band(*values * 3) if values else None
+    return Band(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def geometric_mean(values: Iterable[float]) -> float:
     """The mean for ratios: 2x and 0.5x cancel. All values must be positive."""
-    logs = [math.log(value) for value in values]
-    if not logs:
+    values = list(values)
+    if not values:
         raise ValueError("geometric_mean: expected at least one value, got none")
-    return math.exp(sum(logs) / len(logs))
+    return statistics.geometric_mean(values)
 
 
 def paired_ratios(numerator: Sequence[float | None], denominator: Sequence[float | None]) -> list[float]:
@@ -97,10 +95,8 @@ class RunQueue:
         """List the threads anew; call after the ones to be measured have been started."""
         self.close()
         for path in Path("/proc/self/task").glob("*/schedstat"):
-            try:
+            with contextlib.suppress(OSError):  # the thread may have ended meanwhile
                 self._files.append(os.open(path, os.O_RDONLY))
-            except OSError:
-                continue  # the thread has ended meanwhile
 
     def close(self) -> None:
         for file in self._files:
@@ -111,10 +107,8 @@ class RunQueue:
         """Seconds on the run queue so far, over all threads; 0 where the system does not say."""
         nanoseconds = 0
         for file in self._files:
-            try:
+            with contextlib.suppress(OSError, IndexError):
                 nanoseconds += int(os.pread(file, 128, 0).split()[1])
-            except (OSError, IndexError):
-                continue
         return nanoseconds * 1e-9
 
 
@@ -147,17 +141,16 @@ class CpuClock:
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
         self.now = time.thread_time if threads == 1 else time.perf_counter
+        self.what = "CPU time of the calling thread" if threads == 1 else "wall time"
         self._queue = RunQueue()
         self.unclean = 0
 
     @property
     def description(self) -> str:
-        what = "CPU time of the calling thread" if self.threads == 1 else "wall time"
         if self._queue.available:
-            return f"{what}; samples that waited more than {MAX_WAITED:.0%} for a core are discarded"
-        return f"{what}; how long threads wait for a core is not known here: nothing is discarded"
+            return f"{self.what}; samples that waited more than {MAX_WAITED:.0%} for a core are discarded"
+        return f"{self.what}; how long threads wait for a core is not known here: nothing is discarded"
 
     def warm_up(self, function: Callable[[], object]) -> int:
         function()
@@ -185,6 +178,17 @@ class CpuClock:
         if not clean:
             self.unclean += 1
         return Timed(elapsed / repeats, clean)
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class GpuClock:

@@ -22,9 +22,9 @@ import bnfused
 from benchmarks.arguments import check_least
 from benchmarks.environment import describe_environment, print_environment
 from benchmarks.models import resnet18
-from benchmarks.report import make_console, milliseconds, plain_table, ratio_text, spread
+from benchmarks.report import PAIRED_COLUMNS, make_console, paired_columns, plain_table
 from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, random_batch, training_step
-from benchmarks.timing import Budget, Clock, band, interleave, make_clock, paired_ratios
+from benchmarks.timing import Budget, Clock, interleave, make_clock, paired_ratios, using_threads
 
 
 def time_steps(
@@ -54,16 +54,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def report(times: dict[str, dict[Hashable, list[float | None]]], console: Console) -> None:
-    table = plain_table(
-        "", ["median of a training step"], ["torch ms", "bnfused ms", "torch/bnfused", "25-75 %", "pairs"]
-    )
+    table = plain_table("", ["median of a training step"], PAIRED_COLUMNS)
     for layout, samples in times.items():
-        columns = [[1e3 * s for s in samples[name] if s is not None] for name in ("torch", "bnfused")]
-        ratios = paired_ratios(samples["torch"], samples["bnfused"])
-        ratio = band(ratios)
-        table.add_row(
-            layout, *(milliseconds(band(c)) for c in columns), ratio_text(ratio), spread(ratio), str(len(ratios))
-        )
+        table.add_row(layout, *paired_columns(samples["torch"], samples["bnfused"]))
     console.print(table)
     if not all(paired_ratios(samples["torch"], samples["bnfused"]) for samples in times.values()):
         console.print("Other processes had the cores in every step: run again on a quiet machine.", style="yellow")
@@ -87,17 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"\nTraining steps on {options.batch_size} images of {options.size}x{options.size}, float32, "
         f"{options.threads} thread(s), in turns ..."
     )
-    usual_threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     clock = make_clock(torch.device("cpu"), options.threads)
     times: dict[str, dict[Hashable, list[float | None]]] = {}
     try:
-        for name, layout in LAYOUTS.items():
-            times[name] = time_steps(original, layout, options, clock)
+        with using_threads(options.threads):
+            for name, layout in LAYOUTS.items():
+                times[name] = time_steps(original, layout, options, clock)
     except KeyboardInterrupt:
         console.print("Interrupted: the numbers are of what was timed until then.")
-    finally:
-        torch.set_num_threads(usual_threads)
     report(times, console)
     return 0 if len(times) == len(LAYOUTS) else 130
 

@@ -91,17 +91,11 @@ class SiteTimer:
         return y
 
     def _watch(self, node: torch.autograd.graph.Node) -> None:
-        begin = 0.0
+        def add(sign: int) -> None:
+            self.seconds += sign * self._now()
 
-        def before(grad_outputs: object) -> None:
-            nonlocal begin
-            begin = self._now()
-
-        def after(grad_inputs: object, grad_outputs: object) -> None:
-            self.seconds += self._now() - begin
-
-        node.register_prehook(before)
-        node.register_hook(after)
+        node.register_prehook(lambda grad_outputs: add(-1))
+        node.register_hook(lambda grad_inputs, grad_outputs: add(1))
 
 
 def nodes_between(y: Tensor, inputs: Sequence[Tensor | None]) -> Iterator[torch.autograd.graph.Node]:

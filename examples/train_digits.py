@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import math
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -26,30 +26,27 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import bnfused
 from benchmarks.arguments import check_least
-from benchmarks.environment import describe_environment, print_environment
-from benchmarks.report import FEW_PAIRS, make_console, plain_table, progress_bar
-from benchmarks.timing import CpuClock, band, make_clock
+from benchmarks.environment import describe_environment, missing_packages, print_environment
+from benchmarks.pictures import save, subplots
+from benchmarks.report import FEW_PAIRS, PAIRED_COLUMNS, make_console, paired_columns, plain_table, progress_bar
+from benchmarks.timing import CpuClock, make_clock, using_threads
 from examples.digits import load_digits
 from examples.digits_network import WIDTH, Network, Site, SiteTimer
 
 IMPLEMENTATIONS = ("torch", "bnfused")
 IMAGE_SIZE = 32
 LEARNING_RATE = 0.05
-# Every fourth step times the batch norm sites. The others are free of that and give the step times.
+# Every fourth step times the batch norm sites. The other steps do not pay for that and give the step times.
 SITE_STEPS = 4
 FIRST_STEPS = 3
 # The accuracy of a shorter training depends on chance: running statistics settle over many steps.
 SETTLED_EPOCHS = 8
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far bnfused may be from the same training in float64, and from torch's.
-
-    ``gradient``: relative error of the first gradient, all parameters as one vector. ``first_loss``: error of the
-    losses of the first FIRST_STEPS steps. ``epoch_loss``, ``accuracy``: difference from torch in the mean loss of
-    every epoch and in the last test accuracy.
-    """
+class Tolerance(NamedTuple):
+    """The largest relative error of the first gradient (all parameters as one vector) and error of the first
+    FIRST_STEPS losses against float64, and the largest difference from torch in an epoch's mean loss and in the last
+    test accuracy."""
 
     gradient: float
     first_loss: float
@@ -69,8 +66,7 @@ TOLERANCES = {
 }
 
 
-@dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """Seconds of one step; ``sites`` of them in the batch norm sites, None if that was not timed."""
 
     seconds: float
@@ -94,13 +90,15 @@ class Trainee:
                 self.network.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4
             )
 
+    def precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16")
+
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        with self.precision():
             return F.cross_entropy(self.network(images), labels)
 
     def step(self, images: Tensor, labels: Tensor, rate: float) -> None:
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
         loss = self.loss(images, labels)
         loss.backward()
@@ -113,7 +111,7 @@ class Trainee:
             timed = clock.time(lambda: self.step(images, labels, rate))
         finally:
             Site.timer = None
-        self.times.append(StepTime(timed.seconds, timed.clean, None if timer is None else timer.seconds))
+        self.times.append(StepTime(*timed, None if timer is None else timer.seconds))
 
     def gradient(self, images: Tensor, labels: Tensor) -> Tensor:
         """The gradient of all parameters as one float64 vector. The network stays as it is."""
@@ -121,13 +119,10 @@ class Trainee:
         grads = torch.autograd.grad(model.loss(images, labels), list(model.network.parameters()))
         return torch.cat([grad.double().flatten() for grad in grads])
 
-    def in_float64(self) -> Trainee:
-        return Trainee(copy.deepcopy(self.network).double(), "float64")
-
     @torch.no_grad()
     def test(self, images: Tensor, labels: Tensor) -> None:
         self.network.eval()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        with self.precision():
             self.accuracies.append((self.network(images).argmax(1) == labels).double().mean().item())
         self.network.train()
 
@@ -137,9 +132,8 @@ def make_trainees(seed: int, dtype: str, width: int = WIDTH) -> dict[str, Traine
     torch.manual_seed(seed)
     networks = {name: Network(name, width) for name in IMPLEMENTATIONS}
     networks["bnfused"].load_state_dict(networks["torch"].state_dict())
-    stored = torch.float64 if dtype == "float64" else torch.float32
-    layout = torch.channels_last
-    return {name: Trainee(net.to(dtype=stored, memory_format=layout), dtype) for name, net in networks.items()}
+    options = {"dtype": torch.float64 if dtype == "float64" else torch.float32, "memory_format": torch.channels_last}
+    return {name: Trainee(network.to(**options), dtype) for name, network in networks.items()}
 
 
 @dataclass
@@ -155,13 +149,14 @@ class Training:
     def of_both(self, what: str) -> tuple[list, list]:
         return tuple(getattr(self.trainees[name], what) for name in IMPLEMENTATIONS)
 
-    def epochs(self) -> int:
-        """Whole epochs of both."""
-        return min(map(len, self.of_both("accuracies")))
+    def epochs(self) -> list[slice]:
+        """The steps of every epoch that both have completed."""
+        size = self.steps_per_epoch
+        return [slice(i * size, (i + 1) * size) for i in range(min(map(len, self.of_both("accuracies"))))]
 
-    def epoch_losses(self, implementation: str) -> list[float]:
-        losses, size = self.trainees[implementation].losses, self.steps_per_epoch
-        return [statistics.fmean(losses[epoch * size : (epoch + 1) * size]) for epoch in range(self.epochs())]
+    def epoch_losses(self) -> list[tuple[float, float]]:
+        """The mean losses of both in every epoch."""
+        return [tuple(statistics.fmean(losses[epoch]) for losses in self.of_both("losses")) for epoch in self.epochs()]
 
     def differences(self) -> list[float]:
         """Absolute difference of the two losses, step by step."""
@@ -200,7 +195,7 @@ def train(options: argparse.Namespace, clock: CpuClock, console: Console) -> Tra
 
     console.print("Computing the first steps in float64, to compare with ...")
     images, labels, _ = batch(0)
-    exact = trainees["torch"].in_float64()
+    exact = Trainee(copy.deepcopy(trainees["torch"].network).double(), "float64")
     gradient = exact.gradient(images.double(), labels)
     errors = {
         name: ((trainee.gradient(images, labels) - gradient).norm() / gradient.norm()).item()
@@ -210,21 +205,15 @@ def train(options: argparse.Namespace, clock: CpuClock, console: Console) -> Tra
         exact.step(images.double(), labels, rate)
     training = Training(trainees, steps, errors, exact.losses)
     clock.watch()  # the worker threads exist from here on
-    progress = progress_bar(console)
     try:
-        with progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("", total=total)
             for number in range(total):
-                images, labels, rate = batch(number)
-                time_sites = number // 2 % SITE_STEPS == SITE_STEPS - 1
                 # The first of the two finds other data in the cache than the second, so they take turns.
                 for name in IMPLEMENTATIONS if number % 2 else IMPLEMENTATIONS[::-1]:
-                    trainees[name].timed_step(images, labels, rate, clock, time_sites)
-                text = f"epoch {number // steps + 1}"
-                for name, trainee in trainees.items():
-                    recent = statistics.median(time.seconds for time in trainee.times[-9:])
-                    text += f"  |  {name}: loss {trainee.losses[-1]:.3f}, {1e3 * recent:.0f} ms"
-                progress.update(task, completed=number + 1, description=text)
+                    trainees[name].timed_step(*batch(number), clock, number // 2 % SITE_STEPS == SITE_STEPS - 1)
+                losses = ", ".join(f"{name} {trainee.losses[-1]:.3f}" for name, trainee in trainees.items())
+                progress.update(task, completed=number + 1, description=f"epoch {number // steps + 1}, loss: {losses}")
                 progress.refresh()
                 if (number + 1) % steps == 0:
                     for trainee in trainees.values():
@@ -246,70 +235,51 @@ def divergence(training: Training, tolerance: Tolerance) -> list[str]:
     for step, error in enumerate(training.first_loss_errors("bnfused"), 1):
         if not error <= tolerance.first_loss:
             found.append(f"step {step}: the loss is off from float64 by {error:.3g}, above {tolerance.first_loss:g}")
-    theirs, ours = (training.epoch_losses(name) for name in IMPLEMENTATIONS)
-    for epoch, (a, b) in enumerate(zip(theirs, ours, strict=True), 1):
+    for epoch, (a, b) in enumerate(training.epoch_losses(), 1):
         if not abs(a - b) <= tolerance.epoch_loss:
             found.append(f"epoch {epoch}: mean losses {a:.4f} and {b:.4f} differ by more than {tolerance.epoch_loss:g}")
-    if len(theirs) >= SETTLED_EPOCHS:
+    if len(training.epochs()) >= SETTLED_EPOCHS:
         a, b = (accuracies[-1] for accuracies in training.of_both("accuracies"))
         if abs(a - b) > tolerance.accuracy:
             found.append(f"last accuracies {a:.1%} and {b:.1%} differ by more than {tolerance.accuracy:.0%}")
     return found
 
 
-# --- what is shown ---
-
-
 def report_losses(training: Training, console: Console) -> None:
     headings = ["epoch", "loss: torch", "bnfused", "largest difference in a step", "test accuracy: torch", "bnfused"]
     table = plain_table("", [], headings)
-    differences, size = training.differences(), training.steps_per_epoch
-    losses = zip(*(training.epoch_losses(name) for name in IMPLEMENTATIONS), strict=True)
-    accuracies = zip(*training.of_both("accuracies"), strict=False)
-    for epoch, (both_losses, both_accuracies) in enumerate(zip(losses, accuracies, strict=False)):
-        largest = max(differences[epoch * size : (epoch + 1) * size])
-        columns = [*(f"{value:.4f}" for value in both_losses), f"{largest:.1e}"]
-        table.add_row(str(epoch + 1), *columns, *(f"{value:.1%}" for value in both_accuracies))
+    differences = training.differences()
+    rows = zip(training.epochs(), training.epoch_losses(), *training.of_both("accuracies"), strict=False)
+    for number, (epoch, (a, b), *accuracies) in enumerate(rows, 1):
+        columns = f"{a:.4f}", f"{b:.4f}", f"{max(differences[epoch]):.1e}"
+        table.add_row(str(number), *columns, *(f"{value:.1%}" for value in accuracies))
     console.print(table)
     console.print(f"\nLargest difference of the two losses in one step: {max(differences):.2g}")
     table = plain_table("", ["error against the same training in float64"], IMPLEMENTATIONS)
     table.add_row("first gradient, relative", *(f"{training.gradient_errors[name]:.1e}" for name in IMPLEMENTATIONS))
-    first = [training.first_loss_errors(name) for name in IMPLEMENTATIONS]
-    for step, errors in enumerate(zip(*first, strict=True), 1):
+    for step, errors in enumerate(zip(*map(training.first_loss_errors, IMPLEMENTATIONS), strict=True), 1):
         table.add_row(f"loss in step {step}", *(f"{error:.1e}" for error in errors))
-    console.print(table)
-    console.print()
-
-
-def time_row(label: str, pairs: Sequence[tuple[float, float]]) -> list[str]:
-    """Medians of (torch, bnfused) seconds, and the median and quartiles of the ratios step by step."""
-    ratio = band([theirs / ours for theirs, ours in pairs if ours > 0])
-    if ratio is None:
-        return [label, "-", "-", "-", "-", "0"]
-    medians = [f"{1e3 * statistics.median(column):.1f}" for column in zip(*pairs, strict=True)]
-    return [label, *medians, f"{ratio.median:.2f}x", f"{ratio.low:.2f}-{ratio.high:.2f}", str(len(pairs))]
+    console.print(table, "\n")
 
 
 def report_times(training: Training, console: Console) -> None:
     (steps, quiet), (timed, quiet_too) = (training.timed_steps(with_sites) for with_sites in (False, True))
-    sites = [(a.sites, b.sites) for a, b in timed if a.sites is not None and b.sites is not None]
-    table = plain_table("", ["median per step"], ["torch ms", "bnfused ms", "torch/bnfused", "25-75 %", "steps"])
-    table.add_row(*time_row("whole training step", [(a.seconds, b.seconds) for a, b in steps]))
-    table.add_row(*time_row("in the batch norm sites, forward + backward", sites))
+    table = plain_table("", ["median per step"], PAIRED_COLUMNS)
+    for label, pairs, what in (
+        ("whole training step", steps, "seconds"),
+        ("in the batch norm sites, forward + backward", timed, "sites"),
+    ):
+        table.add_row(label, *paired_columns(*([getattr(pair[i], what) for pair in pairs] for i in (0, 1))))
     console.print(table)
-    if sites:
+    if timed:
         shares = [statistics.median(t.sites / t.seconds for t in times) for times in zip(*timed, strict=True)]
         console.print(
             f"\nThe batch norm sites (with ReLU and add) are {shares[0]:.0%} of torch's step and {shares[1]:.0%} of "
             f"bnfused's.\nThe rest, mostly convolutions, is the same code in both. Every {SITE_STEPS}th pair of steps "
-            "times the sites,\nthe others time whole steps.",
-            markup=False,
+            "times the sites,\nthe others time whole steps."
         )
     if not (quiet and quiet_too):
-        console.print(
-            "Other processes had the cores in most steps, which distorts these times: run again on a quiet machine.",
-            style="yellow",
-        )
+        console.print("Other processes had the cores in most steps: run again on a quiet machine.", style="yellow")
 
 
 def report_verdict(training: Training, dtype: str, console: Console) -> bool:
@@ -333,12 +303,7 @@ def report_verdict(training: Training, dtype: str, console: Console) -> bool:
 
 def save_picture(training: Training, path: Path, title: str) -> None:
     """Loss curves with their difference, and step times."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = subplots(1, 2, figsize=(12, 4.5))
     for name, style in zip(IMPLEMENTATIONS, ("-", "--"), strict=True):
         left.plot(training.trainees[name].losses, style, lw=1.5, label=f"loss, {name}")
     left.plot(training.differences(), ":", c="grey", lw=1, label="|difference|")
@@ -346,21 +311,15 @@ def save_picture(training: Training, path: Path, title: str) -> None:
     pairs, _ = training.timed_steps(with_sites=False)
     for name, times in zip(IMPLEMENTATIONS, zip(*pairs, strict=True), strict=False):
         points = [1e3 * time.seconds for time in times]
-        (dots,) = right.plot(points, ".", ms=4, alpha=0.6, label=name)
+        (dots,) = right.plot(points, ".", ms=4, alpha=0.6)
         middle = statistics.median(points)
-        right.axhline(middle, c=dots.get_color(), lw=1)
-        right.text(0, middle, f"{middle:.1f} ms", c=dots.get_color(), va="bottom", weight="bold")
-    right.set_ylim(bottom=0)
+        right.axhline(middle, c=dots.get_color(), lw=1, label=f"{name}, median {middle:.1f} ms")
     right.set(xlabel="timed step", ylabel="ms", title="time of a whole training step")
+    right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.legend()
     figure.suptitle(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-# --- command ---
+    save(figure, path)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -379,12 +338,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     dtypes = ("float32", "bfloat16", "float64")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="bfloat16 trains under autocast")
     parser.add_argument("--picture", type=Path, default=picture, metavar="FILE.png", help="where the plot goes")
-    parser.add_argument("--no-picture", action="store_true", help="draw nothing")
     options = parser.parse_args(arguments)
-    check_least(parser, options, epochs=1, threads=1)
-    if not 2 <= options.batch_size <= 1024:
+    check_least(parser, options, epochs=1, threads=1, batch_size=2, width=4)
+    if options.batch_size > 1024:
         parser.error(f"--batch-size: expected 2 to 1024, got {options.batch_size}")
-    if options.width < 4 or options.width % 4:
+    if options.width % 4:
         parser.error(f"--width: expected a multiple of 4, got {options.width}")
     return options
 
@@ -392,10 +350,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = make_console()
-    needed = {"sklearn": "scikit-learn"} | ({} if options.no_picture else {"matplotlib": "matplotlib"})
-    missing = [package for name, package in needed.items() if not importlib.util.find_spec(name)]
-    if missing:
-        console.print(f"The demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if missing_packages(console, sklearn="scikit-learn", matplotlib="matplotlib"):
         return 2
     clock = make_clock(torch.device("cpu"), options.threads)
     environment = describe_environment()
@@ -403,28 +358,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(
         f"\nA residual network on {IMAGE_SIZE}x{IMAGE_SIZE} digits, {options.dtype}, channels_last, batch "
         f"{options.batch_size}, width {options.width}, {options.threads} thread(s),\n"
-        "trained twice from the same weights on the same batches. Times: "
-        f"{'CPU time of the calling thread' if options.threads == 1 else 'wall time'}.\n",
+        f"trained twice from the same weights on the same batches. Times: {clock.what}.\n",
         markup=False,
     )
-    usual_threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with using_threads(options.threads):
         training = train(options, clock, console)
-    finally:
-        torch.set_num_threads(usual_threads)
     if training.interrupted:
         console.print("Interrupted: the numbers are from what was trained until then.")
     if not training.differences():
         return 130
     report_losses(training, console)
     report_times(training, console)
-    if not options.no_picture:
-        title = f"{environment['cpu']}, torch {environment['torch']}, {options.threads} thread(s), {options.dtype}"
-        if not bnfused.is_available():
-            title += ", bnfused's REFERENCE PATH (extension not built)"
-        save_picture(training, options.picture, title)
-        console.print(f"\npicture: {options.picture}", markup=False, soft_wrap=True)
+    title = f"{environment['cpu']}, torch {environment['torch']}, {options.threads} thread(s), {options.dtype}"
+    if not bnfused.is_available():
+        title += ", bnfused's REFERENCE PATH (extension not built)"
+    save_picture(training, options.picture, title)
+    console.print(f"\npicture: {options.picture}", markup=False, soft_wrap=True)
     failed = report_verdict(training, options.dtype, console)
     return 1 if failed else 130 if training.interrupted else 0
 

@@ -8,7 +8,6 @@ the way. Figures and tables are written to ``docs/``; the text around the tables
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arguments import check_least
-from benchmarks.environment import backend_line
+from benchmarks.environment import backend_line, missing_packages
 from benchmarks.report import make_console
 from examples.why_pictures import fill_in, save_figures, tables
 from examples.why_trainings import FULL, QUICK, measure
@@ -49,10 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = make_console()
-    needed = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-    missing = [package for name, package in needed.items() if not importlib.util.find_spec(name)]
-    if missing:
-        console.print(f"This needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if missing_packages(console, sklearn="scikit-learn", matplotlib="matplotlib"):
         return 2
     console.print(backend_line(), markup=False, soft_wrap=True)
     effort = QUICK if options.quick else FULL

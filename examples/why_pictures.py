@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pictures import save, subplots
 from examples.why_networks import BATCH_NORM, MLP, NOISY, PLAIN, VARIANTS, VGG, Network
 from examples.why_trainings import ACCURACIES, COMPARISONS, NEVER, Comparison, Results, Trace
 
@@ -54,66 +55,55 @@ def shift_table(results: Results) -> str:
     rows = [["", "", "rate", "\\|G - G'\\| / \\|G\\|", "cosine", "rate x beta", "last loss"]]
     for comparison in COMPARISONS.values():
         for variant, traces in results.of(comparison).items():
-            distances, cosines = [], []
-            for one in traces:
-                learning = dict(zip(one.steps, one.learning(), strict=True))
-                measured = [shift for shift in one.shifts if learning[shift.step]]
-                distances += [shift.distance / shift.gradient_norm for shift in measured]
-                cosines += [shift.cosine for shift in measured]
+            shifts = [shift for one in traces for shift in one.shifts if shift.step < one.trained()]
             rate = comparison.rates[variant]
-            rows.append(
-                [
-                    f"{comparison.network.title}: {comparison.title}",
-                    variant.name,
-                    f"{rate:g}",
-                    f"{statistics.median(distances):.2f}",
-                    f"{statistics.median(cosines):.2f}",
-                    f"{rate * median_of(traces, lambda one: one.smoothnesses, True):.2f}",
-                    f"{statistics.median(one.losses[-1] for one in traces):.3f}",
-                ]
+            numbers = (
+                statistics.median(shift.distance / shift.gradient_norm for shift in shifts),
+                statistics.median(shift.cosine for shift in shifts),
+                rate * median_of(traces, lambda one: one.smoothnesses, True),
             )
+            last = statistics.median(one.losses[-1] for one in traces)
+            where = f"{comparison.network.title}: {comparison.title}"
+            rows.append([where, variant.name, f"{rate:g}", *(f"{number:.2f}" for number in numbers), f"{last:.3f}"])
     return markdown(rows)
+
+
+def network_rows(results: Results, columns: Callable[[Sequence[Trace]], Sequence[str]]) -> list[list[str]]:
+    """A row for each variant of the two networks that are compared at one rate; ``columns`` says what stands in it."""
+    return [
+        [f"{comparison.network.title}, rate {comparison.rates[variant]:g}", variant.name, *columns(traces)]
+        for comparison in (COMPARISONS["vgg"], COMPARISONS["mlp"])
+        for variant, traces in results.of(comparison).items()
+    ]
 
 
 def drift_table(results: Results) -> str:
     """Medians over units, activations, all measured steps and seeds."""
-    rows = [["", "", "mean", "scale", "quantiles", "steps to 90 %"]]
-    for comparison in (COMPARISONS["vgg"], COMPARISONS["mlp"]):
-        for variant, traces in results.of(comparison).items():
-            drifts = [drift for one in traces for drift in one.drifts]
-            rows.append(
-                [
-                    f"{comparison.network.title}, rate {comparison.rates[variant]:g}",
-                    variant.name,
-                    *(f"{statistics.median(column):.4f}" for column in zip(*drifts, strict=True)),
-                    count(statistics.median(one.trained() for one in traces)),
-                ]
-            )
-    return markdown(rows)
+
+    def columns(traces: Sequence[Trace]) -> list[str]:
+        drifts = zip(*(drift for one in traces for drift in one.drifts), strict=True)
+        medians = [f"{statistics.median(column):.4f}" for column in drifts]
+        return [*medians, count(statistics.median(one.trained() for one in traces))]
+
+    return markdown([["", "", "mean", "scale", "quantiles", "steps to 90 %"], *network_rows(results, columns)])
 
 
 def landscape_table(results: Results) -> str:
     """Medians over seeds and steps, while learning / after it."""
+    pairs = functools.partial(zip, strict=True)
+    columns: dict[str, Callable[[Trace], Sequence[float]]] = {
+        "loss variation": lambda one: [high - low for low, high in one.loss_ranges],
+        "relative to the loss": lambda one: [(b - a) / loss for (a, b), loss in pairs(one.loss_ranges, one.losses)],
+        "gradient change": lambda one: [high for _, high in one.change_ranges],
+        "relative to \\|g\\|": lambda one: [b / g for (_, b), g in pairs(one.change_ranges, one.gradient_norms)],
+        "beta": lambda one: one.smoothnesses,
+    }
 
     def both(traces: Sequence[Trace], values: Callable[[Trace], Sequence[float]]) -> str:
         return " / ".join(f"{median_of(traces, values, learning):.2g}" for learning in (True, False))
 
-    pairs = functools.partial(zip, strict=True)
-    rows = [["", "", "loss variation", "relative to the loss", "gradient change", "relative to \\|g\\|", "beta"]]
-    for comparison in (COMPARISONS["vgg"], COMPARISONS["mlp"]):
-        for variant, traces in results.of(comparison).items():
-            rows.append(
-                [
-                    f"{comparison.network.title}, rate {comparison.rates[variant]:g}",
-                    variant.name,
-                    both(traces, lambda one: [high - low for low, high in one.loss_ranges]),
-                    both(traces, lambda one: [(b - a) / loss for (a, b), loss in pairs(one.loss_ranges, one.losses)]),
-                    both(traces, lambda one: [high for _, high in one.change_ranges]),
-                    both(traces, lambda one: [b / g for (_, b), g in pairs(one.change_ranges, one.gradient_norms)]),
-                    both(traces, lambda one: one.smoothnesses),
-                ]
-            )
-    return markdown(rows)
+    rows = network_rows(results, lambda traces: [both(traces, values) for values in columns.values()])
+    return markdown([["", "", *columns], *rows])
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -148,9 +138,9 @@ def fill_in(text: str, filled: Mapping[str, str]) -> str:
     return text
 
 
-def speed_figure(results: Results, pyplot: Any) -> Any:
+def speed_figure(results: Results) -> Any:
     """Steps to 95 % over the learning rate, and accuracies over steps at the best rate; a row for each network."""
-    figure, rows = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    figure, rows = subplots(2, 2, figsize=(12, 9))
     for (left, right), network in zip(rows, (VGG, MLP), strict=True):
         limit = network.steps
         never = limit * 1.35
@@ -197,12 +187,10 @@ def caption(axes: Any, comparison: Comparison, x: float) -> None:
     axes.annotate(text, (x, 0.5), xycoords="axes fraction", rotation=90, va="center", ha="right")
 
 
-def shift_figure(comparisons: Sequence[Comparison], results: Results, pyplot: Any) -> Any:
+def shift_figure(comparisons: Sequence[Comparison], results: Results) -> Any:
     """Distance and cosine of the gradients of every layer over training; a column for each comparison."""
     network = comparisons[0].network
-    figure, grid = pyplot.subplots(
-        3, len(comparisons), figsize=(4.4 * len(comparisons), 9), layout="constrained", squeeze=False
-    )
+    figure, grid = subplots(3, len(comparisons), figsize=(4.4 * len(comparisons), 9), squeeze=False)
     for column, comparison in zip(grid.T, comparisons, strict=True):
         for variant, heat in zip((PLAIN, BATCH_NORM), column[1:], strict=True):
             first = results.of(comparison)[variant][0]
@@ -242,10 +230,10 @@ def shift_figure(comparisons: Sequence[Comparison], results: Results, pyplot: An
     return figure
 
 
-def drift_figure(results: Results, pyplot: Any) -> Any:
+def drift_figure(results: Results) -> Any:
     """The input of one unit over training, and how far all units' inputs move in one step; a row for each network."""
     shown = (PLAIN, BATCH_NORM, NOISY)
-    figure, rows = pyplot.subplots(2, 4, figsize=(16, 7.5), layout="constrained")
+    figure, rows = subplots(2, 4, figsize=(16, 7.5))
     for row, key in zip(rows, ("vgg", "mlp"), strict=True):
         comparison = COMPARISONS[key]
         for axes, variant in zip(row, shown, strict=False):
@@ -270,9 +258,9 @@ def drift_figure(results: Results, pyplot: Any) -> Any:
     return figure
 
 
-def landscape_figure(results: Results, pyplot: Any) -> Any:
+def landscape_figure(results: Results) -> Any:
     """Loss variation, gradient predictiveness and effective smoothness over training; a row for each network."""
-    figure, rows = pyplot.subplots(2, 4, figsize=(17, 8), layout="constrained")
+    figure, rows = subplots(2, 4, figsize=(17, 8))
     for row, key in zip(rows, ("vgg", "mlp"), strict=True):
         comparison = COMPARISONS[key]
         rate = comparison.rates[PLAIN]
@@ -313,24 +301,17 @@ def landscape_figure(results: Results, pyplot: Any) -> Any:
 
 
 def save_figures(results: Results, folder: Path) -> list[Path]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    sizes = ("{} small", "{}", "{} large")
     figures = {
-        "speed": speed_figure(results, pyplot),
-        "shift_vgg": shift_figure([COMPARISONS[key] for key in ("vgg small", "vgg", "vgg large")], results, pyplot),
-        "shift_linear": shift_figure(
-            [COMPARISONS[key] for key in ("linear small", "linear", "linear large")], results, pyplot
-        ),
-        "drift": drift_figure(results, pyplot),
-        "landscape": landscape_figure(results, pyplot),
+        "speed": speed_figure(results),
+        **{
+            f"shift_{key}": shift_figure([COMPARISONS[size.format(key)] for size in sizes], results)
+            for key in ("vgg", "linear")
+        },
+        "drift": drift_figure(results),
+        "landscape": landscape_figure(results),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths = {name: folder / f"why_{name}.png" for name in figures}
     for name, figure in figures.items():
-        paths.append(folder / f"why_{name}.png")
-        figure.savefig(paths[-1], dpi=90)
-        pyplot.close(figure)
-    return paths
+        save(figure, paths[name], dpi=90)
+    return list(paths.values())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import itertools
 import math
 import multiprocessing
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
+from torch import nn
 from torch.nn import functional as F
 
 from bnfused import diagnostics
@@ -39,12 +43,23 @@ TRAINED = 0.90
 NEVER = math.inf
 
 
-@dataclass(frozen=True)
-class SpeedRun:
+class Run(NamedTuple):
+    """One training; ``network`` is a key of NETWORKS."""
+
     network: str
     variant: Variant
     rate: float
     seed: int
+
+    def start(self) -> tuple[Network, nn.Sequential, torch.optim.SGD]:
+        network = NETWORKS[self.network]
+        model = make_network(network, self.variant, self.seed)
+        return network, model, torch.optim.SGD(model.parameters(), self.rate)
+
+
+def first_step(steps: Iterable[int], accuracies: Iterable[float], wanted: float) -> float:
+    """The first of ``steps`` after which the accuracy is at least ``wanted``; NEVER if it always stays below."""
+    return next((step for step, value in zip(steps, accuracies, strict=True) if value >= wanted), NEVER)
 
 
 @dataclass(frozen=True)
@@ -56,18 +71,13 @@ class Curve:
     accuracies: tuple[float, ...]
 
     def first(self, wanted: float) -> float:
-        """The first step of those looked at where the accuracy is at least ``wanted``; NEVER if there is none."""
-        reached = (step for step, value in zip(self.steps, self.accuracies, strict=True) if value >= wanted)
-        return next(reached, NEVER)
+        return first_step(self.steps, self.accuracies, wanted)
 
 
-def train_until_accurate(run: SpeedRun, steps: int) -> Curve:
+def train_until_accurate(run: Run, steps: int) -> Curve:
     """Looks at the accuracy after every step, and from the 20th on after every 10 % more steps."""
-    network = NETWORKS[run.network]
-    model = make_network(network, run.variant, run.seed)
-    optimizer = torch.optim.SGD(model.parameters(), run.rate)
-    looked: list[int] = []
-    accuracies: list[float] = []
+    network, model, optimizer = run.start()
+    looked: dict[int, float] = {}
     look_at = 1
     for step, (images, labels) in enumerate(batches(network, run.seed, steps), start=1):
         optimizer.zero_grad()
@@ -79,11 +89,10 @@ def train_until_accurate(run: SpeedRun, steps: int) -> Curve:
         if step < look_at and step < steps:
             continue
         look_at = step + max(1, step // 10)
-        looked.append(step)
-        accuracies.append(accuracy(model))
-        if accuracies[-1] >= ACCURACIES[-1]:
+        looked[step] = accuracy(model)
+        if looked[step] >= ACCURACIES[-1]:
             break
-    return Curve(tuple(looked), tuple(accuracies))
+    return Curve(tuple(looked), tuple(looked.values()))
 
 
 @dataclass(frozen=True)
@@ -102,21 +111,6 @@ class Speed:
 
     def rates_that_train(self) -> list[float]:
         return [rate for rate in self.curves if self.steps_to(TRAINED, rate) < NEVER]
-
-
-# --- traces ---
-
-
-@dataclass(frozen=True)
-class TraceRun:
-    network: str
-    variant: Variant
-    rate: float
-    seed: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.variant.name}, rate {self.rate:g}"
 
 
 @dataclass
@@ -145,9 +139,7 @@ class Trace:
         return [shift for shift in self.shifts if shift.layer == layer]
 
     def trained(self) -> float:
-        """The first measured step with the accuracy TRAINED, or NEVER."""
-        reached = (step for step, value in zip(self.steps, self.accuracies, strict=True) if value >= TRAINED)
-        return next(reached, NEVER)
+        return first_step(self.steps, self.accuracies, TRAINED)
 
     def learning(self) -> list[bool]:
         """For each measured step, whether it is before ``trained()``: where there is much to learn."""
@@ -158,11 +150,9 @@ class Trace:
 STEP_FACTORS = tuple(2.0**power for power in (-1, -0.25, 0.5, 1.25, 2))
 
 
-def trace(run: TraceRun, steps: int, every: int) -> Trace:
+def trace(run: Run, steps: int, every: int) -> Trace:
     """Train for ``steps`` steps and measure at every ``every``-th."""
-    network = NETWORKS[run.network]
-    model = make_network(network, run.variant, run.seed)
-    optimizer = torch.optim.SGD(model.parameters(), run.rate)
+    network, model, optimizer = run.start()
     activations = [name for name, module in model.named_modules() if isinstance(module, network.activation)]
     step_sizes = [run.rate * factor for factor in STEP_FACTORS]
     result = Trace()
@@ -238,9 +228,8 @@ class Results:
         }
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much is run: None is what the network says, a ``rate_stride`` above 1 leaves rates out."""
+class Effort(NamedTuple):
+    """How much is run. None stands for the network's own value; a ``rate_stride`` above 1 leaves rates out."""
 
     seeds: int
     most_steps: int | None = None
@@ -253,60 +242,42 @@ QUICK = Effort(seeds=1, most_steps=5, every=4, rate_stride=4)
 
 
 def one_thread() -> None:
-    """For a worker: there is one for each core, and they would wait for each other's threads."""
+    """Every core has a worker: several threads in each would wait for each other."""
     torch.set_num_threads(1)
 
 
 def measure(effort: Effort, workers: int, console: Console) -> Results:
     """Run everything, the longest first; Ctrl-C gives up."""
     traced = {
-        (comparison.network.key, variant, rate)
+        (comparison.network, variant, rate)
         for comparison in COMPARISONS.values()
         for variant, rate in comparison.rates.items()
     }
-    progress = Progress(
-        TextColumn("trainings"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread
     )
+    traces, curves = {}, {}
     try:
-        with progress:
-            traces = {}
-            for key, variant, rate in sorted(traced, key=lambda run: (run[0], run[1].name, run[2])):
-                network = NETWORKS[key]
-                for seed in range(effort.seeds):
-                    run = TraceRun(key, variant, rate, seed)
-                    every = effort.every or network.every
-                    traces[run] = pool.submit(trace, run, effort.most_steps or network.trace_steps, every)
-            curves = {}
-            for network in (VGG, MLP):
-                for variant in VARIANTS:
-                    for rate in network.rates[:: effort.rate_stride]:
-                        for seed in range(effort.seeds):
-                            speed_run = SpeedRun(network.key, variant, rate, seed)
-                            steps = effort.most_steps or network.steps
-                            curves[speed_run] = pool.submit(train_until_accurate, speed_run, steps)
-            task = progress.add_task("", total=len(traces) + len(curves))
-            for done in concurrent.futures.as_completed([*traces.values(), *curves.values()]):
-                done.result()
-                progress.advance(task)
+        for network, variant, rate in sorted(traced, key=lambda run: (run[0].key, run[1].name, run[2])):
+            steps, every = effort.most_steps or network.trace_steps, effort.every or network.every
+            for seed in range(effort.seeds):
+                run = Run(network.key, variant, rate, seed)
+                traces[run] = pool.submit(trace, run, steps, every)
+        for network, variant in itertools.product((VGG, MLP), VARIANTS):
+            for rate, seed in itertools.product(network.rates[:: effort.rate_stride], range(effort.seeds)):
+                run = Run(network.key, variant, rate, seed)
+                curves[run] = pool.submit(train_until_accurate, run, effort.most_steps or network.steps)
+        every = [*traces.values(), *curves.values()]
+        ended = concurrent.futures.as_completed(every)
+        for done in track(ended, "trainings", len(every), console=console, disable=not console.is_terminal):
+            done.result()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
-    results = Results({}, {})
+    results = Results(collections.defaultdict(lambda: Speed(collections.defaultdict(list))), {})
     for run, future in traces.items():
-        results.traces.setdefault((run.network, run.variant, run.rate), []).append(future.result())
-    by_variant: dict[tuple[str, Variant], dict[float, list[Curve]]] = {}
-    for speed_run, curve in curves.items():
-        rates = by_variant.setdefault((speed_run.network, speed_run.variant), {})
-        rates.setdefault(speed_run.rate, []).append(curve.result())
-    results.speeds = {key: Speed(rates) for key, rates in by_variant.items()}
+        results.traces.setdefault(run[:3], []).append(future.result())
+    for run, future in curves.items():
+        results.speeds[run.network, run.variant].curves[run.rate].append(future.result())
     return results

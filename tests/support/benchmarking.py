@@ -108,5 +108,5 @@ def network_result(**changes: object) -> NetworkResult:
 def drawn(monkeypatch) -> list:
     """The figures that are saved from now on."""
     figures = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
     return figures
