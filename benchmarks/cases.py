@@ -6,6 +6,7 @@ of threads.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -96,33 +97,25 @@ class Configuration:
 
     def cells(self, threads: int, pattern: str = "") -> list[Cell]:
         """The cells whose name contains the regular expression ``pattern``."""
-        cells = [
-            Cell(self.name, self.family, pass_name, fusion, threads)
-            for pass_name in self.passes
-            for fusion in self.fusions
-        ]
+        every = itertools.product(self.passes, self.fusions)
+        cells = [Cell(self.name, self.family, pass_name, fusion, threads) for pass_name, fusion in every]
         return [cell for cell in cells if re.search(pattern, cell.name)]
 
 
 def bytes_moved(pass_name: str, fusion: str, activation_bytes: int) -> int:
-    """Least traffic of a pass in bytes: every tensor read or written once, x not looked at twice.
+    """Least traffic of a pass in bytes: every tensor is read or written once, x not twice.
 
-    Forward and eval read x and write y (2A, A one activation); backward reads x and grad_y and
-    writes grad_x (3A). A residual adds one A to read in the forward and one A of grad_residual to
-    write in the backward. The ReLU mask needs nothing more: it follows from x, or costs one bit per
-    value.
+    Forward and eval read x and write y (2A, A one activation); backward reads x and grad_y and writes grad_x (3A). A
+    residual adds one A to read in the forward and one A of grad_residual to write in the backward. The ReLU mask needs
+    nothing more: it follows from x, or costs one bit per value.
     """
     residual = 1 if fusion == "add_relu" else 0
-    forward, backward = 2 + residual, 3 + residual
-    passes = {
-        "forward": forward,
-        "forward, no grad": forward,
-        "eval": forward,
-        "chain": forward,
-        "backward": backward,
-        "forward+backward": forward + backward,
-    }
-    return passes[pass_name] * activation_bytes
+    activations = 0
+    if pass_name != "backward":
+        activations += 2 + residual
+    if "backward" in pass_name:
+        activations += 3 + residual
+    return activations * activation_bytes
 
 
 _TRAIN_AND_EVAL = ("forward", "backward", "forward+backward", "eval")
@@ -180,25 +173,21 @@ _CLIFFS: tuple[tuple[tuple[int, ...], str, str, tuple[str, ...], tuple[str, ...]
 )
 
 
-def _cliffs() -> Iterator[Configuration]:
-    for shape, layout, family, passes, fusions, grad_y, quick in _CLIFFS:
-        yield Configuration(shape, layout, "float32", family, passes, fusions, grad_y=grad_y, quick=quick)
-
-
 def _chains() -> Iterator[Configuration]:
     """Batch norm between two other operations: what bypasses the cache costs the consumer."""
-    for shape in ((8, 64, 112, 112), (8, 512, 28, 28), (8, 2048, 7, 7)):
-        for layout in ("NCHW", "channels_last"):
-            for dtype in DEFAULT_DTYPES:
-                quick = shape == (8, 512, 28, 28) and dtype == "float32"
-                yield Configuration(shape, layout, dtype, CHAIN, ("chain",), ("plain", "relu"), quick=quick)
+    shapes = (8, 64, 112, 112), (8, 512, 28, 28), (8, 2048, 7, 7)
+    for shape, layout, dtype in itertools.product(shapes, ("NCHW", "channels_last"), DEFAULT_DTYPES):
+        quick = shape == (8, 512, 28, 28) and dtype == "float32"
+        yield Configuration(shape, layout, dtype, CHAIN, ("chain",), ("plain", "relu"), quick=quick)
 
 
 def cpu_configurations(dtypes: Iterable[str], quick: bool) -> list[Configuration]:
     """Everything that a run on a CPU measures, in the order in which it is measured."""
     dtypes = tuple(dtypes)
     every = [configuration for dtype in dtypes for configuration in _regular(dtype)]
-    every += [*_cliffs(), *_chains()]
+    for shape, layout, family, passes, fusions, grad_y, quick_too in _CLIFFS:
+        every.append(Configuration(shape, layout, "float32", family, passes, fusions, grad_y, quick_too))
+    every += _chains()
     return [c for c in every if c.dtype in dtypes and (c.quick or not quick)]
 
 
@@ -231,22 +220,15 @@ _LAYERS: tuple[tuple[str, tuple[int, ...], bool], ...] = (
 
 def gpu_configurations(dtypes: Iterable[str], quick: bool) -> list[Configuration]:
     """What a run on a GPU measures; what is most used comes first, in case the time does not suffice."""
-    return [
-        Configuration(
-            shape,
-            layout,
-            dtype,
-            _family(layout, dtype),
-            ("forward", "forward+backward"),
-            quick=compiled and dtype == "bfloat16",
-            network=network,
-            compiled=compiled,
-        )
+    passes = ("forward", "forward+backward")
+    every = [
+        Configuration(shape, layout, dtype, _family(layout, dtype), passes, network=network, compiled=compiled)
         for dtype in dtypes
         for network, shape, compiled in _LAYERS
         for layout in (("channels_last", "NCHW") if len(shape) == 4 else ("NC",))
-        if not quick or (compiled and dtype == "bfloat16")
     ]
+    every = [replace(c, quick=c.compiled and c.dtype == "bfloat16") for c in every]
+    return [c for c in every if c.quick or not quick]
 
 
 def call_configurations() -> list[Configuration]:
@@ -260,10 +242,9 @@ def call_configurations() -> list[Configuration]:
 
 def block_configurations() -> list[Configuration]:
     """A residual block, and the same without its convolutions. The fusion "plain" is bnfused's unfused batch norm."""
+    passes, fusions = ("forward+backward", "eval"), ("plain", "add_relu")
     return [
-        Configuration(
-            shape, layout, "float32", COMPILED, ("forward+backward", "eval"), ("plain", "add_relu"), network=network
-        )
+        Configuration(shape, layout, "float32", COMPILED, passes, fusions, network=network)
         for network in ("Norms", "Block")
         for shape in ((8, 64, 28, 28), (8, 256, 14, 14))
         for layout in ("NCHW", "channels_last")
@@ -282,16 +263,9 @@ def sweep_configurations(sweep: str, device: str, dtype: str, quick: bool) -> li
         "spatial": [(8 if cpu else 128, 64, size, size) for size in (4, 7, 14, 28, 56, 112, *(() if cpu else (224,)))],
         "threads": [(8, 256, 56, 56)],
     }
+    passes, fusions = ("forward", "forward+backward"), ("plain", "add_relu")
     return [
-        Configuration(
-            shape,
-            layout,
-            dtype,
-            f"{sweep} sweep, {layout}",
-            ("forward", "forward+backward"),
-            ("plain", "add_relu"),
-            sweep=sweep,
-        )
+        Configuration(shape, layout, dtype, f"{sweep} sweep, {layout}", passes, fusions, sweep=sweep)
         for shape in (shapes[sweep][::2] if quick else shapes[sweep])
         for layout in ("NCHW", "channels_last")
     ]
@@ -311,45 +285,39 @@ class Target:
     geomean: float | None = None
 
 
-def _pair(one: Target, every: Target | None = None) -> tuple[Target, Target]:
-    return one, one if every is None else every
+def _targets(family: str, pass_name: str, **fusions: tuple[float | None, ...]) -> dict[tuple[str, str, str], Target]:
+    return {(family, pass_name, fusion): Target(*goal) for fusion, goal in fusions.items()}
 
 
-# (on one thread, on all threads). They come from a prototype's measured speed on a 2-core AVX-512
-# machine; other machines have other ratios.
-TARGETS: dict[tuple[str, str, str], tuple[Target, Target]] = {
-    (FIRST_32, "forward", "plain"): _pair(Target(2.7, 4.2)),
-    (FIRST_32, "backward", "plain"): _pair(Target(1.15, 1.6)),
-    (FIRST_32, "forward", "relu"): _pair(Target(3.7, 5.0)),
-    (FIRST_32, "backward", "relu"): _pair(Target(2.1, 2.8)),
-    (FIRST_32, "forward", "add_relu"): _pair(Target(3.2, 3.8)),
-    (FIRST_32, "backward", "add_relu"): _pair(Target(1.15, 1.6)),
-    (LAST_32, "forward", "plain"): _pair(Target(1.25, 2.0)),
-    (LAST_32, "backward", "plain"): _pair(Target(1.2, 1.7)),
-    (LAST_32, "forward", "relu"): _pair(Target(1.6, 2.5)),
-    (LAST_32, "backward", "relu"): _pair(Target(2.1, 2.8)),
-    (LAST_32, "forward", "add_relu"): _pair(Target(1.9, 2.3)),
-    (LAST_32, "backward", "add_relu"): _pair(Target(1.25, 1.6)),
-    (FIRST_16, "forward", "plain"): _pair(Target(1.6, 1.9)),
-    (FIRST_16, "backward", "plain"): _pair(Target(1.2, 1.7)),
-    (FIRST_16, "forward", "relu"): _pair(Target(2.2, 2.7)),
-    (FIRST_16, "backward", "relu"): _pair(Target(2.2, 2.8)),
-    (FIRST_16, "forward", "add_relu"): _pair(Target(2.1, 2.5)),
-    (FIRST_16, "backward", "add_relu"): _pair(Target(1.0, 1.5)),
-    (LAST_16, "forward", "plain"): _pair(Target(1.4, 2.0)),
-    (LAST_16, "backward", "plain"): _pair(Target(1.4, 1.9)),
-    (LAST_16, "forward", "relu"): _pair(Target(2.2, 2.8)),
-    (LAST_16, "backward", "relu"): _pair(Target(2.1, 2.7)),
-    (EVERY, "eval", "plain"): _pair(Target(0.95, 1.3)),
-    (EVERY, "eval", "relu"): _pair(Target(1.6, 2.3)),
-    (TINY, "forward", "plain"): _pair(Target(1.3, 1.6), Target(1.3, 2.3)),
-    (TINY, "backward", "plain"): _pair(Target(1.3, 1.6), Target(1.3, 2.3)),
-    (FEW, "forward", "plain"): _pair(Target(4.0), Target(12.0)),
-    (FEW, "backward", "plain"): _pair(Target(3.5), Target(12.0)),
-    (MIXED, "backward", "plain"): _pair(Target(5.0)),
-    (LARGE, "forward", "plain"): _pair(Target(2.0)),
-    (LARGE, "backward", "plain"): _pair(Target(1.5)),
+# (floor, geometric mean) on one thread. They come from a prototype's measured speed on a 2-core AVX-512 machine; other
+# machines have other ratios.
+_ONE_THREAD = {
+    **_targets(FIRST_32, "forward", plain=(2.7, 4.2), relu=(3.7, 5.0), add_relu=(3.2, 3.8)),
+    **_targets(FIRST_32, "backward", plain=(1.15, 1.6), relu=(2.1, 2.8), add_relu=(1.15, 1.6)),
+    **_targets(LAST_32, "forward", plain=(1.25, 2.0), relu=(1.6, 2.5), add_relu=(1.9, 2.3)),
+    **_targets(LAST_32, "backward", plain=(1.2, 1.7), relu=(2.1, 2.8), add_relu=(1.25, 1.6)),
+    **_targets(FIRST_16, "forward", plain=(1.6, 1.9), relu=(2.2, 2.7), add_relu=(2.1, 2.5)),
+    **_targets(FIRST_16, "backward", plain=(1.2, 1.7), relu=(2.2, 2.8), add_relu=(1.0, 1.5)),
+    **_targets(LAST_16, "forward", plain=(1.4, 2.0), relu=(2.2, 2.8)),
+    **_targets(LAST_16, "backward", plain=(1.4, 1.9), relu=(2.1, 2.7)),
+    **_targets(EVERY, "eval", plain=(0.95, 1.3), relu=(1.6, 2.3)),
+    **_targets(TINY, "forward", plain=(1.3, 1.6)),
+    **_targets(TINY, "backward", plain=(1.3, 1.6)),
+    **_targets(FEW, "forward", plain=(4.0,)),
+    **_targets(FEW, "backward", plain=(3.5,)),
+    **_targets(MIXED, "backward", plain=(5.0,)),
+    **_targets(LARGE, "forward", plain=(2.0,)),
+    **_targets(LARGE, "backward", plain=(1.5,)),
 }
+# On all threads, where it is another one.
+_ALL_THREADS = {
+    **_targets(TINY, "forward", plain=(1.3, 2.3)),
+    **_targets(TINY, "backward", plain=(1.3, 2.3)),
+    **_targets(FEW, "forward", plain=(12.0,)),
+    **_targets(FEW, "backward", plain=(12.0,)),
+}
+# (on one thread, on all threads)
+TARGETS = {group: (one, _ALL_THREADS.get(group, one)) for group, one in _ONE_THREAD.items()}
 
 
 def target(group: tuple[str, str, str], threads: int) -> Target:

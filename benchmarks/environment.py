@@ -18,36 +18,34 @@ from rich.console import Console
 import bnfused
 
 
-def cpu_name() -> str:
+def found_in(path: str, pattern: str) -> str | None:
+    """The first group of ``pattern`` in a file of Linux; None where there is no such file or match."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        match = re.search(pattern, Path(path).read_text(), re.MULTILINE)
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return None
+    return match[1] if match else None
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name() -> str:
+    return found_in("/proc/cpuinfo", r"^model name\s*: (.*\S)") or platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
     """The checkout's commit, with ``+`` if files differ from it; None outside a git checkout."""
     root = Path(__file__).resolve().parents[1]
-    # Also where the files are another user's, as in a container: this file is one of them.
+    # git reads the files of another user, as in a container, only with this option. This file is one of them.
     git = ["git", "-C", str(root), "-c", f"safe.directory={root}"]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
-
-
-def huge_pages() -> str | None:
-    """Linux' setting for huge pages, which decides the price of fresh memory; None elsewhere."""
-    try:
-        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-        return text[text.index("[") + 1 : text.index("]")]
-    except (OSError, ValueError):
-        return None
+    head, status = output_of(*git, "rev-parse", "--short=12", "HEAD"), output_of(*git, "status", "--porcelain")
+    return None if head is None or status is None else head + ("+" if status else "")
 
 
 def describe_environment(device: torch.device | None = None, named_commit: str | None = None) -> dict[str, Any]:
@@ -65,13 +63,15 @@ def describe_environment(device: torch.device | None = None, named_commit: str |
         "system": f"{platform.system()} {platform.release()}",
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "huge_pages": huge_pages(),
+        # Linux' setting for huge pages decides the price of fresh memory.
+        "huge_pages": found_in("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(.*)\]"),
         "commit": commit() or named_commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": cpu_name(),
     }
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
+        versions = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
         environment |= {
             "device": torch.cuda.get_device_name(device),
             "capability": f"{properties.major}.{properties.minor}",
@@ -80,17 +80,9 @@ def describe_environment(device: torch.device | None = None, named_commit: str |
             "L2_MiB": round(properties.L2_cache_size / 2**20, 1),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "driver": driver(),
+            "driver": next(iter(versions.split()), None),
         }
     return environment
-
-
-def driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 def folder_of_device(results: Path, environment: Mapping[str, Any]) -> Path:

@@ -12,8 +12,8 @@ import copy
 import gc
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -34,7 +34,7 @@ from benchmarks.arguments import (
 )
 from benchmarks.environment import describe_environment, print_environment
 from benchmarks.memory import saved_for_backward
-from benchmarks.report import FEW_PAIRS, make_console, mebibytes, milliseconds, plain_table, ratio_text, spread
+from benchmarks.report import make_console, mebibytes, milliseconds, pairs_text, plain_table, ratio_text, spread
 from benchmarks.results import NetworkResult, Run
 from benchmarks.running import finish, measure_each
 from benchmarks.steps import LAYOUTS, TOLERANCE, largest_difference, precision, random_batch, training_step
@@ -55,8 +55,7 @@ MEMORY = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """What is measured together."""
 
     network: str
@@ -155,19 +154,9 @@ def network_result(
     case: Case, batch: int, size: int, samples: dict[Hashable, list[float | None]], memory: dict[str, int]
 ) -> NetworkResult:
     ms = {name: band([1e3 * s for s in samples[name] if s is not None]) for name in IMPLEMENTATIONS}
+    speeds = {name: None if value is None else 1e3 * batch / value.median for name, value in ms.items()}
     ratios = paired_ratios(samples["torch"], samples["bnfused"])
-    return NetworkResult(
-        case.network,
-        case.dtype,
-        case.layout,
-        batch,
-        size,
-        ms,
-        {name: None if value is None else 1e3 * batch / value.median for name, value in ms.items()},
-        band(ratios),
-        len(ratios),
-        memory,
-    )
+    return NetworkResult(*case, batch, size, ms, speeds, band(ratios), len(ratios), memory)
 
 
 def measure_what_fits(
@@ -196,7 +185,6 @@ def results_table(results: Sequence[NetworkResult]) -> Table:
         + ["torch MiB", "bnfused MiB", "share"],
     )
     for result in results:
-        few = " (few)" if result.pairs < FEW_PAIRS else ""
         speeds = [result.images_per_second[name] for name in IMPLEMENTATIONS]
         table.add_row(
             Case(result.network, result.dtype, result.layout).title,
@@ -204,7 +192,7 @@ def results_table(results: Sequence[NetworkResult]) -> Table:
             *(milliseconds(result.ms[name]) for name in IMPLEMENTATIONS),
             ratio_text(result.ratio),
             spread(result.ratio),
-            f"{result.pairs}{few}",
+            pairs_text(result.pairs),
             *("-" if speed is None else f"{speed:.3g}" if speed < 100 else f"{speed:.0f}" for speed in speeds),
             *(mebibytes(result.memory[name]) for name in IMPLEMENTATIONS),
             f"{result.memory['bnfused'] / result.memory['torch']:.0%}",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -72,13 +73,14 @@ def mebibytes(count: float) -> str:
 def plain_table(title: str, left: Sequence[str], right: Sequence[str], closing: Sequence[str] = ()) -> Table:
     """Without lines; ``left`` and ``right`` say how the columns are aligned, the ``closing`` ones are to the left."""
     table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for heading in left:
-        table.add_column(heading)
-    for heading in right:
-        table.add_column(heading, justify="right")
-    for heading in closing:
-        table.add_column(heading)
+    for headings, justify in ((left, "left"), (right, "right"), (closing, "left")):
+        for heading in headings:
+            table.add_column(heading, justify=justify)
     return table
+
+
+def pairs_text(count: int) -> str:
+    return f"{count} (few)" if count < FEW_PAIRS else str(count)
 
 
 PAIRED_COLUMNS = ("torch ms", "bnfused ms", "torch/bnfused", "25-75 %", "pairs")
@@ -94,44 +96,34 @@ def paired_columns(theirs: Sequence[float | None], ours: Sequence[float | None])
 def cell_table(title: str, results: Sequence[CellResult]) -> Table:
     """One row per cell of one measurement: bnfused, then each peer."""
     peers = list(dict.fromkeys(name for result in results for name in result.peers))
-    of_peer = [[f"{name} ms", "of copy", f"{name}/bnfused", "25-75 %", "pairs"] for name in peers]
-    table = plain_table(
-        title,
-        ["pass", "fusion"],
-        ["moves MiB", "bnfused ms", "GB/s", "of copy", *(h for four in of_peer for h in four)],
-    )
+    of_peer = [h for name in peers for h in (f"{name} ms", "of copy", f"{name}/bnfused", "25-75 %", "pairs")]
+    table = plain_table(title, ["pass", "fusion"], ["moves MiB", "bnfused ms", "GB/s", "of copy", *of_peer])
     for result in results:
-        columns = []
+        texts = [result.pass_name, FUSION_LABELS[result.fusion], mebibytes(result.bytes), milliseconds(result.ms)]
+        texts += [gigabytes(result.bandwidth(OURS)), _percent(result.copy_speed)]
         for name in peers:
             peer = result.peers.get(name, PeerResult(None, None, 0, None))
-            few = " (few)" if peer.pairs < FEW_PAIRS else ""
-            columns += [
-                milliseconds(peer.ms),
-                _percent(peer.copy_speed),
-                ratio_text(peer.ratio),
-                spread(peer.ratio),
-                f"{peer.pairs}{few}",
-            ]
-        table.add_row(
-            result.pass_name,
-            FUSION_LABELS[result.fusion],
-            mebibytes(result.bytes),
-            milliseconds(result.ms),
-            gigabytes(result.bandwidth(OURS)),
-            _percent(result.copy_speed),
-            *columns,
-        )
+            texts += [milliseconds(peer.ms), _percent(peer.copy_speed), ratio_text(peer.ratio), spread(peer.ratio)]
+            texts.append(pairs_text(peer.pairs))
+        table.add_row(*texts)
     return table
 
 
-@dataclass(frozen=True)
-class GroupSummary:
+Group = tuple[str, str, str]
+
+
+def group_label(group: Group) -> str:
+    family, pass_name, fusion = group
+    return f"{family}, {pass_name} {FUSION_LABELS[fusion]}"
+
+
+class GroupSummary(NamedTuple):
     """A group of cells against one peer at one number of threads, with its target."""
 
     peer: str
-    group: tuple[str, str, str]
+    group: Group
     threads: int
-    count: int
+    members: Sequence[CellResult]
     geomean: float
     worst: CellResult
     copy_speed: float | None
@@ -139,8 +131,7 @@ class GroupSummary:
 
     @property
     def label(self) -> str:
-        family, pass_name, fusion = self.group
-        return f"{family}, {pass_name} {FUSION_LABELS[fusion]}"
+        return group_label(self.group)
 
     @property
     def worst_ratio(self) -> float:
@@ -167,28 +158,17 @@ def summarize(results: Sequence[CellResult]) -> list[GroupSummary]:
     counts = sorted({result.threads for result in results})
     for peer in peers_of(results):
         measured = [result for result in results if result.ratio(peer) is not None]
-        groups: dict[tuple[tuple[str, str, str], int], list[CellResult]] = {}
-        for group in dict.fromkeys(result.cell.group for result in measured):
-            for threads in counts:  # side by side in the table
-                groups[group, threads] = []
-        for result in measured:
-            groups[result.cell.group, result.threads].append(result)
-        for (group, threads), members in groups.items():
+        groups = dict.fromkeys(result.cell.group for result in measured)
+        for group, threads in itertools.product(groups, counts):  # numbers of threads side by side in the table
+            members = [result for result in measured if (result.cell.group, result.threads) == (group, threads)]
             if not members:
                 continue
+            worst = min(members, key=lambda member: _median(member, peer))
+            geomean = geometric_mean(_median(member, peer) for member in members)
             speeds = [member.copy_speed for member in members if member.copy_speed]
-            summaries.append(
-                GroupSummary(
-                    peer,
-                    group,
-                    threads,
-                    len(members),
-                    geometric_mean(_median(member, peer) for member in members),
-                    min(members, key=lambda member: _median(member, peer)),
-                    geometric_mean(speeds) if speeds else None,
-                    target(group, threads) if peer == "torch" else Target(),
-                )
-            )
+            speed = geometric_mean(speeds) if speeds else None
+            goal = target(group, threads) if peer == "torch" else Target()
+            summaries.append(GroupSummary(peer, group, threads, members, geomean, worst, speed, goal))
     return summaries
 
 
@@ -203,33 +183,18 @@ def _against(value: float, goal: float | None) -> str:
 def summary_table(summaries: Sequence[GroupSummary]) -> Table:
     """One row per peer and group; ``<`` marks what is below its target."""
     targets = any(summary.target != Target() for summary in summaries)
-    table = plain_table(
-        "Time of the peer over time of bnfused, by group"
-        + (" ('<': below target, set on a 2-core AVX-512 CPU)" if targets else ""),
-        ["peer", "group"],
-        [
-            "T",
-            "cells",
-            "of copy",
-            "geomean",
-            *(["target"] if targets else []),
-            "worst",
-            *(["floor"] if targets else []),
-        ],
-        ["worst cell"],
-    )
+    title = "Time of the peer over time of bnfused, by group"
+    numbers = ["T", "cells", "of copy", "geomean", "worst"]
+    if targets:
+        title += " ('<': below target, set on a 2-core AVX-512 CPU)"
+        numbers = [*numbers[:4], "target", "worst", "floor"]
+    table = plain_table(title, ["peer", "group"], numbers, ["worst cell"])
     for summary in summaries:
-        goal = summary.target
+        goals = [f"{goal:g}" if goal else "" for goal in (summary.target.geomean, summary.target.floor)]
         table.add_row(
-            summary.peer,
-            summary.label,
-            str(summary.threads or ""),
-            str(summary.count),
-            _percent(summary.copy_speed),
-            _against(summary.geomean, goal.geomean),
-            *([f"{goal.geomean:g}" if goal.geomean else ""] if targets else []),
-            _against(summary.worst_ratio, goal.floor),
-            *([f"{goal.floor:g}" if goal.floor else ""] if targets else []),
+            *(summary.peer, summary.label, str(summary.threads or ""), str(len(summary.members))),
+            *(_percent(summary.copy_speed), _against(summary.geomean, summary.target.geomean), *goals[: int(targets)]),
+            *(_against(summary.worst_ratio, summary.target.floor), *goals[1:][: int(targets)]),
             summary.worst.configuration,
         )
     return table
@@ -258,9 +223,8 @@ def saved_table(results: Sequence[CellResult]) -> Table | None:
     for result in results:
         activation = math.prod(result.shape) * DTYPE_BYTES[result.dtype]
         for name, saved in result.saved.items():
-            groups.setdefault((result.dtype, result.fusion, name), []).append(
-                [part / activation for part in (*saved, saved.total)]
-            )
+            parts = [part / activation for part in (*saved, saved.total)]
+            groups.setdefault((result.dtype, result.fusion, name), []).append(parts)
     if not groups:
         return None
     table = plain_table(
@@ -281,8 +245,7 @@ def _range(values: Sequence[float]) -> str:
 # --- comparison of two runs ---
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A cell against one peer in two runs: ``factor`` above 1 where the second run's bnfused gained on the peer.
 
     Each run's ratio is to the peer in the same rounds, so that a faster or busier machine cancels. The noise band is
@@ -335,35 +298,19 @@ def comparison_tables(changes: Sequence[Change]) -> tuple[Table, Table]:
         ["verdict"],
     )
     for change in changes:
-        cells.add_row(
-            change.cell.name,
-            change.peer,
-            ratio_text(change.before),
-            spread(change.before),
-            ratio_text(change.after),
-            spread(change.after),
-            f"{change.factor:.2f}",
-            change.verdict,
-            style=VERDICT_STYLES[change.verdict],
-        )
-    by_group: dict[tuple[str, tuple[str, str, str], int], list[Change]] = {}
+        runs = (text for band in (change.before, change.after) for text in (ratio_text(band), spread(band)))
+        texts = [change.cell.name, change.peer, *runs, f"{change.factor:.2f}", change.verdict]
+        cells.add_row(*texts, style=VERDICT_STYLES[change.verdict])
+    by_group: dict[tuple[str, Group, int], list[Change]] = {}
     for change in changes:
         by_group.setdefault((change.peer, change.cell.group, change.cell.threads), []).append(change)
-    groups = plain_table(
-        "By group", ["peer", "group"], ["T", "cells", "change (geomean)", "worst", "best", *VERDICT_STYLES]
-    )
-    for (peer, (family, pass_name, fusion), threads), members in by_group.items():
+    headings = ["T", "cells", "change (geomean)", "worst", "best", *VERDICT_STYLES]
+    groups = plain_table("By group", ["peer", "group"], headings)
+    for (peer, group, threads), members in by_group.items():
         factors = [change.factor for change in members]
-        groups.add_row(
-            peer,
-            f"{family}, {pass_name} {FUSION_LABELS[fusion]}",
-            str(threads or ""),
-            str(len(factors)),
-            f"{geometric_mean(factors):.2f}",
-            f"{min(factors):.2f}",
-            f"{max(factors):.2f}",
-            *(str(sum(change.verdict == verdict for change in members)) for verdict in VERDICT_STYLES),
-        )
+        shown = (f"{factor:.2f}" for factor in (geometric_mean(factors), min(factors), max(factors)))
+        verdicts = (str(sum(change.verdict == verdict for change in members)) for verdict in VERDICT_STYLES)
+        groups.add_row(peer, group_label(group), str(threads or ""), str(len(factors)), *shown, *verdicts)
     return cells, groups
 
 

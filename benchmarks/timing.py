@@ -12,16 +12,14 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
-# A sample whose threads waited for a core for more than this part of its wall time is thrown away:
-# on a busy machine one parallel region can cost a whole scheduler slice, and that says nothing
-# about the code.
+# A sample whose threads waited for a core for more than this part of its wall time is discarded. On a busy machine one
+# parallel region can cost a whole scheduler slice, and that says nothing about the code.
 MAX_WAITED = 0.01
-# Shorter functions are called several times per sample: the clocks and the check cost some
-# microseconds themselves.
+# Shorter functions are called several times per sample: the clocks and the check cost some microseconds themselves.
 SHORTEST_SAMPLE = 0.5e-3
 TRIES = 3
 # Cycles that the GPU waits before a sample, while the CPU queues it: 0.5 ms at 2 GHz. To queue an eager forward and
@@ -86,22 +84,16 @@ class RunQueue:
     def __init__(self) -> None:
         self._files: list[int] = []
         self.watch()
-
-    @property
-    def available(self) -> bool:
-        return bool(self._files)
+        self.available = bool(self._files)
 
     def watch(self) -> None:
         """List the threads anew; call after the ones to be measured have been started."""
-        self.close()
-        for path in Path("/proc/self/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError):  # the thread may have ended meanwhile
-                self._files.append(os.open(path, os.O_RDONLY))
-
-    def close(self) -> None:
         for file in self._files:
             os.close(file)
         self._files = []
+        for path in Path("/proc/self/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # the thread may have ended meanwhile
+                self._files.append(os.open(path, os.O_RDONLY))
 
     def waited(self) -> float:
         """Seconds on the run queue so far, over all threads; 0 where the system does not say."""
@@ -112,45 +104,38 @@ class RunQueue:
         return nanoseconds * 1e-9
 
 
-class Clock(Protocol):
+class Clock:
     """Times calls. ``unclean`` counts the samples that were thrown away."""
 
-    unclean: int
-
-    @property
-    def description(self) -> str: ...
+    unclean = 0
+    description: str
 
     def warm_up(self, function: Callable[[], object]) -> int:
         """Start threads, fill caches, compile; returns how many calls make a sample."""
-        ...
+        raise NotImplementedError
 
     def watch(self) -> None:
         """Call when every thread that will work has started: after all warm-ups."""
-        ...
 
     def time(self, function: Callable[[], object], repeats: int = 1) -> Timed:
         """Seconds per call, over ``repeats`` calls."""
-        ...
+        raise NotImplementedError
 
 
-class CpuClock:
+class CpuClock(Clock):
     """Times calls on the CPU.
 
-    On one thread it reads the CPU time of the calling thread (autograd runs CPU graphs there too),
-    which leaves out what other processes do; on several threads, wall time.
+    On one thread it reads the CPU time of the calling thread (autograd runs CPU graphs there too), which leaves out
+    what other processes do; on several threads, wall time.
     """
 
     def __init__(self, threads: int) -> None:
         self.now = time.thread_time if threads == 1 else time.perf_counter
         self.what = "CPU time of the calling thread" if threads == 1 else "wall time"
         self._queue = RunQueue()
-        self.unclean = 0
-
-    @property
-    def description(self) -> str:
-        if self._queue.available:
-            return f"{self.what}; samples that waited more than {MAX_WAITED:.0%} for a core are discarded"
-        return f"{self.what}; how long threads wait for a core is not known here: nothing is discarded"
+        discarded = f"samples that waited more than {MAX_WAITED:.0%} for a core are discarded"
+        unknown = "how long threads wait for a core is not known here: nothing is discarded"
+        self.description = f"{self.what}; {discarded if self._queue.available else unknown}"
 
     def warm_up(self, function: Callable[[], object]) -> int:
         function()
@@ -191,7 +176,7 @@ def using_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class GpuClock:
+class GpuClock(Clock):
     """Times calls on a GPU.
 
     ``kernels``: the time of the GPU between two events around the call, L2 cold (a buffer of twice its size is written
@@ -199,28 +184,19 @@ class GpuClock:
     an idle GPU to an idle GPU, in which a CPU that is too slow to keep the GPU busy shows: for whole training steps.
     """
 
-    unclean = 0
-
     def __init__(self, device: torch.device, kernels: bool) -> None:
         self.kernels = kernels
+        self.description = "wall time, GPU idle before and after"
         if kernels:
+            self.description = "events on the GPU, L2 cold, queue filled ahead"
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._flushed = torch.empty(size, dtype=torch.uint8, device=device)
-
-    @property
-    def description(self) -> str:
-        return (
-            "events on the GPU, L2 cold, queue filled ahead" if self.kernels else "wall time, GPU idle before and after"
-        )
 
     def warm_up(self, function: Callable[[], object]) -> int:
         for _ in range(2):
             function()
         torch.cuda.synchronize()
         return 1
-
-    def watch(self) -> None:
-        pass  # no threads of ours
 
     def time(self, function: Callable[[], object], repeats: int = 1) -> Timed:
         calls = range(repeats)
@@ -289,12 +265,11 @@ def interleave(
 ) -> None:
     """Time every function once per round, in an order reshuffled every round, into ``samples``.
 
-    The samples of an interrupted round are dropped, so that the lists stay paired and a caller who
-    catches KeyboardInterrupt keeps every whole round.
+    The samples of an interrupted round are dropped, so that the lists stay paired and a caller who catches
+    KeyboardInterrupt keeps every whole round.
 
-    torch.utils.benchmark is not used because it times one statement to its end before the next:
-    what the machine did meanwhile would go into the ratio, and each function would find its own
-    data in the cache.
+    torch.utils.benchmark is not used because it times one statement to its end before the next: what the machine did
+    meanwhile would go into the ratio, and each function would find its own data in the cache.
     """
     repeats = {name: clock.warm_up(function) for name, function in functions.items()}
     clock.watch()

@@ -91,7 +91,7 @@ def test_summary_has_geomean_worst_and_target():
             result(None, configuration="not measured"),
         ]
     )
-    assert summary.count == 2
+    assert len(summary.members) == 2
     assert summary.geomean == pytest.approx(4.0)
     assert summary.worst.configuration == "slow"
     assert summary.target == cases.TARGETS[cases.FIRST_32, "forward", "relu"][0]
@@ -107,7 +107,10 @@ def test_summaries_and_closing_lines_keep_peers_apart():
         result(Band(0.5, 0.5, 0.5), peer="cuDNN", configuration="slow"),
     ]
     summaries = report.summarize(results)
-    assert [(s.peer, s.count, s.geomean) for s in summaries] == [("torch", 2, pytest.approx(4.0)), ("cuDNN", 1, 0.5)]
+    assert [(s.peer, len(s.members), s.geomean) for s in summaries] == [
+        ("torch", 2, pytest.approx(4.0)),
+        ("cuDNN", 1, 0.5),
+    ]
     assert summaries[1].target == cases.Target()
     assert report.closing_lines(results) == [
         "torch, all 2 cells: geometric mean 4.00, worst 2.00: 8x4x2x2 NCHW float32 forward relu T=1",
@@ -121,7 +124,7 @@ def test_eval_of_all_layouts_is_one_group_but_tiny_ones_stay_apart():
         result(Band(1.0, 1.0, 1.0), pass_name="eval", family=family)
         for family in (cases.FIRST_32, cases.LAST_16, cases.TINY)
     ]
-    assert [summary.count for summary in report.summarize(evals)] == [2, 1]
+    assert [len(summary.members) for summary in report.summarize(evals)] == [2, 1]
 
 
 def test_compare_says_what_is_beyond_noise():
