@@ -46,7 +46,7 @@ from benchmarks.report import (
 )
 from benchmarks.results import CellResult, Run, merge, read_cells
 from benchmarks.running import finish, measure_each
-from benchmarks.timing import COPY, ROOF_BYTES, Budget, Clock, copy_bandwidth, make_clock
+from benchmarks.timing import COPY, ROOF_BYTES, Budget, Clock, copy_bandwidth, make_clock, using_threads
 
 TINY_ROOF_BYTES = 2**16
 # Peers and rounds of the cases that are modules.
@@ -65,49 +65,41 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="bench.py",
         description="Time bnfused against its peers, cell by cell: prints the peer's time over bnfused's.",
     )
-    parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="few configurations, few rounds: < 90 s on two idle cores")
-    parser.add_argument(
-        "--sweep",
-        default=(),
-        type=parse_sweeps,
-        metavar="|".join((*SWEEPS, "all")),
-        help="instead: tensors that differ in one size, in the first of --dtypes; several with commas",
-    )
-    parser.add_argument(
-        "--peers",
-        type=some_of(PEERS),
-        help=f"of {', '.join(PEERS)} (default: torch on a CPU, where compiling a cell takes some 20 s; all on a GPU)",
-    )
-    parser.add_argument("--threads", type=parse_threads, help="of a CPU (default: 1,all; --sweep: all)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--device", default="cpu", type=torch.device, help="cpu or cuda (default: %(default)s)")
+    add("--quick", action="store_true", help="few configurations, few rounds: < 90 s on two idle cores")
+    swept = "instead: tensors that differ in one size, in the first of --dtypes; several with commas"
+    add("--sweep", default=(), type=parse_sweeps, metavar="|".join((*SWEEPS, "all")), help=swept)
+    compiling = "default: torch on a CPU, where compiling a cell takes some 20 s; all on a GPU"
+    add("--peers", type=some_of(PEERS), help=f"of {', '.join(PEERS)} ({compiling})")
+    add("--threads", type=parse_threads, help="of a CPU (default: 1,all; --sweep: all)")
+    add(
         "--dtypes",
         type=some_of(tuple(DTYPE_BYTES)),
         help="of float32, bfloat16, float16; 16-bit inputs have float32 parameters (default: "
         f"{','.join(DEFAULT_DTYPES)}; on a GPU {','.join(GPU_DTYPES)})",
     )
-    parser.add_argument(
+    add(
         "--filter",
         default="",
         metavar="REGEX",
         help="only cells whose name matches, e.g. 'channels_last float32 backward relu T=1'; fewer "
         "functions per round leave more data in the cache: ratios can be higher than in a full run",
     )
-    parser.add_argument("--rounds", type=int, help="samples per function (default: 41, quick: 21, GPU: 15)")
-    parser.add_argument(
-        "--seconds", type=float, help="limit per configuration and number of threads (default: 8, quick: 1.5, GPU: 0.5)"
-    )
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing later than this")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
+    add("--rounds", type=int, help="samples per function (default: 41, quick: 21, GPU: 15)")
+    limit = "limit per configuration and number of threads (default: 8, quick: 1.5, GPU: 0.5)"
+    add("--seconds", type=float, help=limit)
+    add("--limit", type=float, metavar="SECONDS", help="begin nothing later than this")
+    add("--seed", type=int, default=0)
+    add(
         "--cases",
         choices=("cpu", "cuda", *MODULE_CASES),
         help="the tensors of this device, on any (to try a script); overhead: time per call on tiny tensors; compiled: "
         "a residual block under torch.compile, compared with Inductor's own fusion",
     )
-    parser.add_argument("--tiny", action="store_true", help="of a few values each (to try a script)")
+    add("--tiny", action="store_true", help="of a few values each (to try a script)")
     add_output_arguments(parser, "bench")
-    parser.add_argument(
+    add(
         "--compare",
         nargs=2,
         type=Path,
@@ -147,18 +139,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
-    if options.sweep:
-        every = [
-            configuration
-            for sweep in options.sweep
-            for configuration in cases.sweep_configurations(sweep, options.cases, options.dtypes[0], options.quick)
-        ]
-    elif options.cases in MODULE_CASES:
+    every: list[Configuration] = []
+    for sweep in options.sweep:
+        every += cases.sweep_configurations(sweep, options.cases, options.dtypes[0], options.quick)
+    if options.cases in MODULE_CASES:
         every = cases.call_configurations() if options.cases == "overhead" else cases.block_configurations()
-    elif options.cases == "cuda":
-        every = cases.gpu_configurations(options.dtypes, options.quick)
-    else:
-        every = cases.cpu_configurations(options.dtypes, options.quick)
+    elif not options.sweep:
+        of_device = cases.gpu_configurations if options.cases == "cuda" else cases.cpu_configurations
+        every = of_device(options.dtypes, options.quick)
     if not options.tiny:
         return every
     small: dict[str, Configuration] = {}
@@ -173,20 +161,16 @@ def show_comparison(paths: Sequence[Path], console: Console) -> int:
     changes = compare(before, after)
     for name, run in zip(("first: ", "second:"), (before, after), strict=True):
         environment = run.environment
-        console.print(
-            f"{name} commit {environment['commit']}, {environment['date']}, "
-            f"torch {environment['torch']}, {environment['device']}"
-            f"{', interrupted' if run.interrupted else ''}",
-            markup=False,
-        )
+        facts = [f"{name} commit {environment['commit']}", environment["date"], f"torch {environment['torch']}"]
+        facts += [environment["device"], *(["interrupted"] if run.interrupted else [])]
+        console.print(", ".join(facts), markup=False)
     if before.environment["device"] != after.environment["device"]:
         console.print("[bold red]The runs are of different devices: the change is not the code's alone.[/]")
     if not changes:
         console.print("The runs have no cell in common.")
         return 2
     for table in comparison_tables(changes):
-        console.print(table)
-        console.print()
+        console.print(table, "")
     only = sum(len(result.peers) for run in (before, after) for result in run.results) - 2 * len(changes)
     if only:
         console.print(f"{only} cells are in one run only, or had no valid pair, and are left out.")
@@ -208,17 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NotImplementedError, RuntimeError) as error:
         console.print(f"--device: {error}", style="red", markup=False)
         return 2
-    work = plan_measurements(
-        chosen_configurations(options), options.threads, options.filter, options.peers, options.every_compiled
-    )
+    chosen = chosen_configurations(options)
+    work = plan_measurements(chosen, options.threads, options.filter, options.peers, options.every_compiled)
     if not work:
         console.print(f"No cell matches --filter {options.filter!r}.", style="red", markup=False)
         return 2
 
     clock_names = {str(count): clock.description for count, clock in clocks.items()}
-    run: Run[CellResult] = Run(
-        describe_environment(options.device, options.commit), settings(options) | {"clocks": clock_names}
-    )
+    environment = describe_environment(options.device, options.commit)
+    run: Run[CellResult] = Run(environment, settings(options) | {"clocks": clock_names})
     set_output_files(options, run.environment, "bench")
     print_environment(console, run.environment)
     for count, clock in clocks.items():
@@ -242,12 +224,12 @@ def measure_all(
     console: Console,
 ) -> None:
     """Fill ``run``, measurement by measurement, and its file with it."""
-    usual_threads, cudnn = torch.get_num_threads(), torch.backends.cudnn.enabled
+    cudnn = torch.backends.cudnn.enabled
     budget = Budget(options.rounds, options.seconds, options.seed)
 
     def measure_one(what: Measurement, on_round: Callable[[int], None]) -> tuple[list[CellResult], bool]:
-        set_threads(what.threads)
-        return measure(what, options.device, clocks[what.threads], budget, on_round)
+        with using_threads(what.threads):
+            return measure(what, options.device, clocks[what.threads], budget, on_round)
 
     def keep(what: Measurement, results: list[CellResult], console: Console) -> None:
         show_measurement(what, results, console)
@@ -256,9 +238,9 @@ def measure_all(
     run.not_measured = [what.title for what in work]
     try:
         for threads, clock in clocks.items():
-            set_threads(threads)
             size = TINY_ROOF_BYTES if options.tiny else ROOF_BYTES[options.device.type]
-            run.roof[threads] = copy_bandwidth(options.device, clock, size)
+            with using_threads(threads):
+                run.roof[threads] = copy_bandwidth(options.device, clock, size)
             console.print(
                 f"{f'T={threads}: ' if threads else ''}a copy of {size / 2**20:g} MiB moves "
                 f"{gigabytes(run.roof[threads])} GB/s, read and written"
@@ -268,14 +250,7 @@ def measure_all(
     except KeyboardInterrupt:
         run.interrupted = True
     finally:
-        torch.set_num_threads(usual_threads)
         torch.backends.cudnn.set_flags(_enabled=cudnn)
-
-
-def set_threads(count: int) -> None:
-    """0 stands for a GPU, where the CPU's threads are as they were."""
-    if count:
-        torch.set_num_threads(count)
 
 
 def show_measurement(what: Measurement, results: Sequence[CellResult], console: Console) -> None:
@@ -285,29 +260,22 @@ def show_measurement(what: Measurement, results: Sequence[CellResult], console: 
     net = ": net of producer and consumer" if what.configuration.family == CHAIN else ""
     first = results[0]
     copy = f"; a copy: {milliseconds(first.copy_ms)} ms, {gigabytes(first.bandwidth(COPY))} GB/s"
-    console.print(cell_table(f"{what.title}{net}{copy}", results))
-    console.print()
+    console.print(cell_table(f"{what.title}{net}{copy}", results), "")
 
 
 def show_end(run: Run[CellResult], clocks: Mapping[int, Clock], options: argparse.Namespace, console: Console) -> None:
     """Tables over all cells, what is missing and why, and the files."""
     summaries = summarize(run.results)
-    saved = saved_table(run.results)
-    if saved is not None:
-        console.print(saved)
-        console.print()
-    if summaries:
-        console.print(summary_table(summaries))
-        console.print()
+    for table in (saved_table(run.results), summary_table(summaries) if summaries else None):
+        if table is not None:
+            console.print(table, "")
     discarded = sum(clock.unclean for clock in clocks.values())
     if discarded:
         console.print(f"{discarded} samples were discarded: another process had the core.")
     without = sum(peer.ratio is None for result in run.results for peer in result.peers.values())
     if without:
-        console.print(
-            f"{without} ratios have no valid pair of samples and are not in the table: run again on a quieter machine.",
-            style="yellow",
-        )
+        missing = f"{without} ratios have no valid pair of samples and are not in the table"
+        console.print(f"{missing}: run again on a quieter machine.", style="yellow")
     draw = pictures.save_sweeps if options.sweep else pictures.save_ratios
     finish(run, options, console, "measurements", (lambda: draw(run, options.picture)) if summaries else None)
     for line in closing_lines(run.results):

@@ -9,6 +9,7 @@ assumed, of a cluster with 8 GPUs and 8 cards in a node, and measured nowhere.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,7 +67,12 @@ def reduce_bytes(channels: int) -> int:
     return 16 * channels
 
 
-# ------------------------------------------------------------------------------------------------- the schedules
+# --- the schedules ---
+
+
+def doubling(ranks: int) -> list[int]:
+    """1, 2, 4, ... below ``ranks``."""
+    return [2**k for k in range((ranks - 1).bit_length())]
 
 
 def ring_gather(groups: Ranks, size: float) -> Iterator[Round]:
@@ -77,36 +83,27 @@ def ring_gather(groups: Ranks, size: float) -> Iterator[Round]:
 
 def log_gather(groups: Ranks, size: float) -> Iterator[Round]:
     """Bruck's: a rank sends all that it has 1, 2, 4, ... ranks back. The fewest rounds, for any number of ranks."""
-    ranks, distance = groups.shape[1], 1
-    while distance < ranks:
+    ranks = groups.shape[1]
+    for distance in doubling(ranks):
         yield groups, np.roll(groups, distance, axis=1), size * min(distance, ranks - distance)
-        distance *= 2
 
 
 def ring_reduce(groups: Ranks, size: float) -> Iterator[Round]:
     """Reduce-scatter, then all-gather, of one part for each rank."""
-    ranks = groups.shape[1]
     for _ in range(2):
-        yield from ring_gather(groups, size / ranks)
+        yield from ring_gather(groups, size / groups.shape[1])
 
 
 def tree_reduce(groups: Ranks, size: float) -> Iterator[Round]:
     """Up a binomial tree to the first rank, and down again."""
     ranks = groups.shape[1]
-    distances = [2**k for k in range((ranks - 1).bit_length())]
-    for distance in distances:
-        sources = groups[:, distance :: 2 * distance]
-        yield sources, groups[:, : ranks - distance : 2 * distance], size
-    for distance in reversed(distances):
-        destinations = groups[:, distance :: 2 * distance]
-        yield groups[:, : ranks - distance : 2 * distance], destinations, size
+    levels = [(groups[:, d :: 2 * d], groups[:, : ranks - d : 2 * d]) for d in doubling(ranks)]
+    yield from ((lower, upper, size) for lower, upper in levels)
+    yield from ((upper, lower, size) for lower, upper in reversed(levels))
 
 
 SCHEDULES = {
-    "ring gather": ring_gather,
-    "log gather": log_gather,
-    "ring reduce": ring_reduce,
-    "tree reduce": tree_reduce,
+    schedule.__name__.replace("_", " "): schedule for schedule in (ring_gather, log_gather, ring_reduce, tree_reduce)
 }
 
 
@@ -128,7 +125,7 @@ def simulate(cluster: Cluster, rounds: Iterator[Round]) -> float:
     return float(done.max())
 
 
-# -------------------------------------------------------------------------------------------------- the formulas
+# --- the formulas ---
 
 
 def _gather(cluster: Cluster, name: str, ranks: int, size: float, crossing: bool, leaving: int) -> float:
@@ -136,11 +133,10 @@ def _gather(cluster: Cluster, name: str, ranks: int, size: float, crossing: bool
     link = cluster.between if crossing else cluster.inside
     if name == "ring":
         return (ranks - 1) * link.seconds(size, leaving / cluster.cards)
-    seconds, distance = 0.0, 1
-    while distance < ranks:
+    seconds = 0.0
+    for distance in doubling(ranks):
         sharing = min(distance * leaving, cluster.node) / cluster.cards if crossing else 1
         seconds += link.seconds(size * min(distance, ranks - distance), sharing)
-        distance *= 2
     return seconds
 
 
@@ -148,12 +144,11 @@ def _reduce(cluster: Cluster, name: str, ranks: int, size: float, crossing: bool
     """``stride``: how many ranks lie between neighbours of the group."""
     if name == "ring":
         return 2 * _gather(cluster, "ring", ranks, size / ranks, crossing, leaving)
-    seconds, distance = 0.0, 1
-    while distance < ranks:
+    seconds = 0.0
+    for distance in doubling(ranks):
         outside = crossing and distance * stride >= cluster.node
         link = cluster.between if outside else cluster.inside
         seconds += 2 * link.seconds(size, leaving / cluster.cards if outside else 1)
-        distance *= 2
     return seconds
 
 
@@ -201,17 +196,15 @@ def main() -> None:
     print("| channels | ranks | " + " | ".join(f"{n} | in levels" for n in SCHEDULES) + " |")
     print("|---" * (2 + 2 * len(SCHEDULES)) + "|")
     worst = 0.0
-    for channels in args.channels:
-        for ranks in args.ranks:
-            cluster = Cluster(ranks, args.node, inside, between, args.cards)
-            cells = []
-            for schedule in SCHEDULES:
-                size = gather_bytes(channels) if "gather" in schedule else reduce_bytes(channels)
-                for hierarchical in (False, True):
-                    seconds = predict(cluster, schedule, size, hierarchical)
-                    worst = max(worst, abs(simulated(cluster, schedule, size, hierarchical) / seconds - 1))
-                    cells.append(f"{seconds * 1e6:.0f}")
-            print(f"| {channels} | {ranks} | {' | '.join(cells)} |")
+    for channels, ranks in itertools.product(args.channels, args.ranks):
+        cluster = Cluster(ranks, args.node, inside, between, args.cards)
+        cells = []
+        for schedule, hierarchical in itertools.product(SCHEDULES, (False, True)):
+            size = gather_bytes(channels) if "gather" in schedule else reduce_bytes(channels)
+            seconds = predict(cluster, schedule, size, hierarchical)
+            worst = max(worst, abs(simulated(cluster, schedule, size, hierarchical) / seconds - 1))
+            cells.append(f"{seconds * 1e6:.0f}")
+        print(f"| {channels} | {ranks} | {' | '.join(cells)} |")
     print(f"\nThe simulation differs by {worst:.1e} at most.")
 
 

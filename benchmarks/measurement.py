@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,8 +82,7 @@ def measure(
 ) -> tuple[list[CellResult], bool]:
     """Time what belongs together.
 
-    Returns the results and whether the measurement was interrupted; then the results are of the
-    rounds that were done.
+    Returns the results, and whether the measurement was interrupted; then they are those of the rounds that were done.
     """
     configuration, cells = what.configuration, what.cells
     tensors = subject_of(configuration, device, budget.seed)
@@ -92,17 +92,15 @@ def measure(
         # Otherwise earlier compilations count, and at the limit torch.compile silently runs eagerly.
         torch.compiler.reset()
     (check_same if compiled else check_agreement)(configuration, cells, tensors, peers)
-    functions: dict[object, Callable[[], object]] = {}
     x = tensors.x.detach()
-    functions[COPY] = lambda: tensors.copy.copy_(x)
-    for cell in cells:
-        for name in (OURS, *peers):
-            key = (name, cell.pass_name, cell.fusion)
-            if cell.pass_name == "chain":
-                functions[NO_BATCH_NORM] = make_chain(None, cell.fusion, tensors)
-                functions[key] = make_chain(name, cell.fusion, tensors)
-            else:
-                functions[key] = make_function(name, cell.pass_name, cell.fusion, tensors)
+    functions: dict[object, Callable[[], object]] = {COPY: lambda: tensors.copy.copy_(x)}
+    for cell, name in itertools.product(cells, (OURS, *peers)):
+        key = (name, cell.pass_name, cell.fusion)
+        if cell.pass_name == "chain":
+            functions[NO_BATCH_NORM] = make_chain(None, cell.fusion, tensors)
+            functions[key] = make_chain(name, cell.fusion, tensors)
+        else:
+            functions[key] = make_function(name, cell.pass_name, cell.fusion, tensors)
     samples: dict[object, list[float | None]] = {}
     interrupted = False
     try:
@@ -121,12 +119,9 @@ def measure(
         }
         for fusion in {cell.fusion for cell in cells if cell.pass_name == "forward" and cell.family not in SUBJECTS}
     }
-    return [
-        cell_result(
-            cell, configuration, peers, samples, saved.get(cell.fusion) if cell.pass_name == "forward" else None
-        )
-        for cell in cells
-    ], interrupted
+    with_graph = [saved.get(cell.fusion) if cell.pass_name == "forward" else None for cell in cells]
+    pairs = zip(cells, with_graph, strict=True)
+    return [cell_result(cell, configuration, peers, samples, kept) for cell, kept in pairs], interrupted
 
 
 def cell_result(
@@ -137,11 +132,9 @@ def cell_result(
     saved: dict[str, Saved] | None = None,
 ) -> CellResult:
     """Medians, quartiles and paired ratios of one cell from the samples of its measurement."""
-    times = {}
-    for name in (OURS, *peers):
-        times[name] = samples[name, cell.pass_name, cell.fusion]
-        if cell.pass_name == "chain":
-            times[name] = differences(times[name], samples[NO_BATCH_NORM])
+    times = {name: samples[name, cell.pass_name, cell.fusion] for name in (OURS, *peers)}
+    if cell.pass_name == "chain":
+        times = {name: differences(seconds, samples[NO_BATCH_NORM]) for name, seconds in times.items()}
     # A block moves more than one batch norm does; how much is not counted.
     least = 0 if cell.family == COMPILED else bytes_moved(cell.pass_name, cell.fusion, configuration.activation_bytes)
     # A copy moves two activations: scaled to the bytes of this pass it is the time at copy speed.
@@ -159,15 +152,8 @@ def cell_result(
         return PeerResult(band(in_ms(times[name])), band(ratios), len(ratios), copy_speed(name))
 
     return CellResult(
-        configuration=cell.configuration,
-        shape=configuration.shape,
-        layout=configuration.layout,
-        dtype=configuration.dtype,
-        family=cell.family,
-        pass_name=cell.pass_name,
-        fusion=cell.fusion,
-        threads=cell.threads,
-        bytes=least,
+        *(cell.configuration, configuration.shape, configuration.layout, configuration.dtype),
+        *(cell.family, cell.pass_name, cell.fusion, cell.threads, least),
         ms=band(in_ms(times[OURS])),
         copy_ms=band(in_ms(samples[COPY])),
         copy_speed=copy_speed(OURS),

@@ -110,22 +110,20 @@ def resnet50(classes: int = 1000) -> ResNet:
 # --- Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, table 2 ---
 
 
+def unit(channels_in: int, channels: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    conv = convolution(channels_in, channels, size, stride, groups)
+    return [conv, nn.BatchNorm2d(channels), nn.ReLU6(inplace=True)]
+
+
 class InvertedResidual(nn.Module):
     """1x1 up, 3x3 depthwise, 1x1 down; ``expansion`` 1 leaves the first out. Added to x where the shapes agree."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = channels_in * expansion
-        layers: list[nn.Module] = []
-        if expansion != 1:
-            layers += [convolution(channels_in, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
-        layers += [
-            convolution(hidden, hidden, 3, stride, groups=hidden),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU6(inplace=True),
-            convolution(hidden, channels, 1),
-            nn.BatchNorm2d(channels),
-        ]
+        layers = unit(channels_in, hidden, 1) if expansion != 1 else []
+        layers += unit(hidden, hidden, 3, stride, groups=hidden)
+        layers += [convolution(hidden, channels, 1), nn.BatchNorm2d(channels)]
         self.conv = nn.Sequential(*layers)
         self.use_residual = stride == 1 and channels_in == channels
 
@@ -136,10 +134,10 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     def __init__(self, classes: int = 1000) -> None:
         super().__init__()
-        layers: list[nn.Module] = [convolution(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU6(inplace=True)]
+        layers = unit(3, 32, 3, 2)
         channels_in = 32
         # (expansion, channels, blocks, stride of the first)
-        for expansion, channels, depth, stride in (
+        table = (
             (1, 16, 1, 1),
             (6, 24, 2, 2),
             (6, 32, 3, 2),
@@ -147,12 +145,12 @@ class MobileNetV2(nn.Module):
             (6, 96, 3, 1),
             (6, 160, 3, 2),
             (6, 320, 1, 1),
-        ):
+        )
+        for expansion, channels, depth, stride in table:
             for number in range(depth):
                 layers.append(InvertedResidual(channels_in, channels, stride if number == 0 else 1, expansion))
                 channels_in = channels
-        layers += [convolution(320, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU6(inplace=True)]
-        self.features = nn.Sequential(*layers)
+        self.features = nn.Sequential(*layers, *unit(320, 1280, 1))
         # Without the paper's dropout: two networks are to see the same.
         self.classifier = nn.Linear(1280, classes)
 
@@ -185,12 +183,8 @@ class DenseNet121(nn.Module):
     def __init__(self, classes: int = 1000) -> None:
         super().__init__()
         growth, channels = 32, 64
-        layers: list[nn.Module] = [
-            convolution(3, channels, 7, 2),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2, padding=1),
-        ]
+        layers: list[nn.Module] = [convolution(3, channels, 7, 2), nn.BatchNorm2d(channels)]
+        layers += [nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
         for depth in (6, 12, 24, 16):
             if channels != 64:  # a transition halves the channels and the size
                 layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]

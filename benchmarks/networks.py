@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
@@ -71,9 +72,7 @@ def all_cases(networks: Iterable[str], dtypes: Iterable[str], layouts: Iterable[
     """What is most used comes first, in case the time does not suffice: dtype and layout change slower than network."""
     return [
         Case(network, dtype, layout)
-        for dtype in DTYPES
-        for layout in reversed(LAYOUTS)
-        for network in networks
+        for dtype, layout, network in itertools.product(DTYPES, reversed(LAYOUTS), networks)
         if dtype in dtypes and layout in layouts
     ]
 
@@ -185,17 +184,15 @@ def results_table(results: Sequence[NetworkResult]) -> Table:
         + ["torch MiB", "bnfused MiB", "share"],
     )
     for result in results:
-        speeds = [result.images_per_second[name] for name in IMPLEMENTATIONS]
+        share = result.memory["bnfused"] / result.memory["torch"]
+        speeds = (result.images_per_second[name] for name in IMPLEMENTATIONS)
         table.add_row(
-            Case(result.network, result.dtype, result.layout).title,
-            str(result.batch),
+            *(Case(result.network, result.dtype, result.layout).title, str(result.batch)),
             *(milliseconds(result.ms[name]) for name in IMPLEMENTATIONS),
-            ratio_text(result.ratio),
-            spread(result.ratio),
-            pairs_text(result.pairs),
+            *(ratio_text(result.ratio), spread(result.ratio), pairs_text(result.pairs)),
             *("-" if speed is None else f"{speed:.3g}" if speed < 100 else f"{speed:.0f}" for speed in speeds),
             *(mebibytes(result.memory[name]) for name in IMPLEMENTATIONS),
-            f"{result.memory['bnfused'] / result.memory['torch']:.0%}",
+            f"{share:.0%}",
         )
     return table
 
@@ -234,10 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"--device: {error}", style="red", markup=False)
         return 2
     memory = MEMORY[options.device.type]
-    run: Run[NetworkResult] = Run(
-        describe_environment(options.device, options.commit),
-        settings(options) | {"clock": clock.description, "memory": memory},
-    )
+    environment = describe_environment(options.device, options.commit)
+    run: Run[NetworkResult] = Run(environment, settings(options) | {"clock": clock.description, "memory": memory})
     set_output_files(options, run.environment, "networks")
     print_environment(console, run.environment)
     console.print(f"{options.threads} threads; {clock.description}", markup=False)

@@ -19,9 +19,8 @@ COMPILE_MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagrap
 # A compiled backward may reuse the memory of what was saved for it, and so runs once only.
 COMPILED_PASSES = ("forward", "forward+backward", "eval")
 MOMENTUM, EPS = 0.1, 1e-5
-# Relative difference of outputs and gradients (sum of |a-b| over sum of |b|) above which a timing
-# would be of two different functions. 16-bit outputs round after every unfused step, float32 sums
-# differ in order.
+# Relative difference of outputs and gradients (sum of |a-b| over sum of |b|) above which a timing would be of two
+# different functions. 16-bit outputs round after every unfused step, float32 sums differ in order.
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 
 
@@ -49,10 +48,8 @@ class Tensors:
             self.grad_y = normal(shape, configuration.layout if same else configuration.grad_y)
         self.copy = torch.empty_like(self.x, requires_grad=False)
         channels = shape[1]
-        self.weight = torch.rand(channels, generator=generator, device=device) + 0.5
-        self.bias = torch.randn(channels, generator=generator, device=device)
-        self.weight.requires_grad_()
-        self.bias.requires_grad_()
+        self.weight = (torch.rand(channels, generator=generator, device=device) + 0.5).requires_grad_()
+        self.bias = torch.randn(channels, generator=generator, device=device).requires_grad_()
         self.statistics = {
             name: (torch.zeros(channels, device=device), torch.ones(channels, device=device)) for name in (OURS, *PEERS)
         }
@@ -72,10 +69,8 @@ class Tensors:
 
 def to_layout(tensor: Tensor, layout: str) -> Tensor:
     """``tensor`` with the strides that ``layout`` names."""
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "channels_last_3d":
-        return tensor.contiguous(memory_format=torch.channels_last_3d)
+    if layout in ("channels_last", "channels_last_3d"):
+        return tensor.contiguous(memory_format=getattr(torch, layout))
     if layout == "NLC view":
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     return tensor.contiguous()
@@ -84,23 +79,15 @@ def to_layout(tensor: Tensor, layout: str) -> Tensor:
 def batch_norm(name: str, tensors: Tensors, x: Tensor, training: bool, fusion: str) -> Tensor:
     """The function under test, as a network would call it eagerly.
 
-    The unfused peer adds and clips in place: autograd allows it here (batch norm does not save its
-    output), it is what torchvision's networks do, and it is the faster way.
+    The unfused peer adds and clips in place: autograd allows it here (batch norm does not save its output), it is what
+    torchvision's networks do, and it is the faster way.
     """
     mean, var = tensors.statistics[name]
     affine = tensors.weight, tensors.bias
     if name == OURS:
-        return bnfused.functional.batch_norm(
-            x,
-            mean,
-            var,
-            *affine,
-            training,
-            MOMENTUM,
-            EPS,
-            residual=tensors.residual if fusion == "add_relu" else None,
-            activation=None if fusion == "plain" else "relu",
-        )
+        residual = tensors.residual if fusion == "add_relu" else None
+        fused = {"residual": residual, "activation": None if fusion == "plain" else "relu"}
+        return bnfused.functional.batch_norm(x, mean, var, *affine, training, MOMENTUM, EPS, **fused)
     if x.is_cuda:
         # torch's choice between its kernels and cuDNN is a switch of the process. It is set by a call, not by
         # assignment, which torch.testing forbids for the rest of a process that has imported it.
@@ -144,10 +131,7 @@ def gradients(tensors: Tensors, y: Tensor, fusion: str, retain: bool) -> tuple[T
 
 
 def make_function(name: str, pass_name: str, fusion: str, tensors: Tensors) -> Callable[[], object]:
-    """What is timed of bnfused or a peer in one cell.
-
-    Outputs are allocated and freed inside, as in training.
-    """
+    """What is timed of bnfused or a peer in one cell. Outputs are allocated and freed inside, as in training."""
     forward = tensors.forward(name, pass_name != "eval", fusion)
     inputs, grad_y = tensors.inputs(fusion), tensors.grad_y
     one: Callable[[], object] = forward
@@ -181,9 +165,7 @@ def make_chain(name: str | None, fusion: str, tensors: Tensors) -> Callable[[], 
     def chain() -> None:
         with torch.no_grad():
             torch.mul(source, 1.0001, out=x)
-            y = x
-            if name is not None:
-                y = batch_norm(name, tensors, x, True, fusion)
+            y = x if name is None else batch_norm(name, tensors, x, True, fusion)
             torch.mul(y, 1.0001, out=sink)
 
     return chain
@@ -203,8 +185,8 @@ def check_agreement(
         results = ("y", "grad_x", "grad_weight", "grad_bias", "grad_residual")
         for name in names:
             for result, theirs, ours in zip(results, outputs[name], outputs[OURS], strict=False):
-                # A gradient can be zero up to rounding (grad_x of a constant grad_y), hence the least
-                # scale; grad_weight and grad_bias sum that rounding over the rows.
+                # A gradient can be zero up to rounding (grad_x of a constant grad_y), hence the least scale;
+                # grad_weight and grad_bias sum that rounding over the rows.
                 rows = tensors.x.numel() // max(theirs.numel(), 1)
                 scale = max(theirs.double().abs().mean().item(), 1e-2 * rows)
                 difference = (ours.double() - theirs.double()).abs().mean().item()

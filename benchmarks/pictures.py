@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.cases import FUSION_LABELS, SWEEPS
 from benchmarks.peers import OURS, PEERS
@@ -60,8 +60,7 @@ def ratio_axis(axes: Axes) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """Ratios to a peer against megabytes."""
 
     name: str
@@ -73,9 +72,8 @@ def save_predictions(curves: Mapping[str, Sequence[Curve]], title: str, path: Pa
     figure, every = subplots(1, len(curves), sharey=True, figsize=(13, 4.5))
     for axes, (fusion, of_fusion) in zip(every, curves.items(), strict=True):
         for index, curve in enumerate(of_fusion):  # pairs of layouts
-            axes.plot(
-                *zip(*curve.points, strict=True), "--" if index % 2 else "-", c=f"C{index // 2}", label=curve.name
-            )
+            style = {"ls": "--" if index % 2 else "-", "c": f"C{index // 2}", "label": curve.name}
+            axes.plot(*zip(*curve.points, strict=True), **style)
         axes.set_xscale("log")
         axes.set_title(fusion)
         axes.set_xlabel("size of the activation, MB")
@@ -120,9 +118,8 @@ def save_ratios(run: Run[CellResult], path: Path) -> None:
         members = [r for r in run.results if r.cell.group == summary.group and r.threads == summary.threads]
         y = row(summary, summary.peer)
         bands = [band for r in members if (band := r.ratio(summary.peer)) is not None]
-        left.hlines(
-            [y] * len(bands), [b.low for b in bands], [b.high for b in bands], COLOURS[summary.peer], alpha=0.25
-        )
+        lows, highs = [b.low for b in bands], [b.high for b in bands]
+        left.hlines([y] * len(bands), lows, highs, COLOURS[summary.peer], alpha=0.25)
         dots(left, [b.median for b in bands], y, summary.peer, summary.threads)
         for goal, style in ((summary.target.floor, ":"), (summary.target.geomean, "-")):
             if goal:
@@ -157,9 +154,7 @@ SWEEP_AXES = {
     "spatial": ("height and width S of ({0}, {1}, S, S)", 2),
     "threads": ("threads, x of ({0}, {1}, {2}, {3})", None),
 }
-SWEEP_PANELS = [
-    (layout, pass_name) for layout in ("NCHW", "channels_last") for pass_name in ("forward", "forward+backward")
-]
+SWEEP_PANELS = list(itertools.product(("NCHW", "channels_last"), ("forward", "forward+backward")))
 
 
 def save_sweeps(run: Run[CellResult], path: Path) -> None:
@@ -168,24 +163,19 @@ def save_sweeps(run: Run[CellResult], path: Path) -> None:
     Raises:
         ValueError: no sweep was measured.
     """
-    swept: dict[str, list[CellResult]] = {}
-    for sweep in SWEEPS:
-        found = [result for result in run.results if result.family.startswith(f"{sweep} sweep")]
-        if found:
-            swept[sweep] = found
+    swept = {name: [r for r in run.results if r.family.startswith(f"{name} sweep")] for name in SWEEPS}
+    swept = {name: found for name, found in swept.items() if found}
     if not swept:
         raise ValueError("save_sweeps: expected results of a sweep, got none")
-    figure, grid = subplots(
-        len(swept), len(SWEEP_PANELS), figsize=(17, 1.2 + 3.6 * len(swept)), squeeze=False, sharey="row"
-    )
+    shape, size = (len(swept), len(SWEEP_PANELS)), (17, 1.2 + 3.6 * len(swept))
+    figure, grid = subplots(*shape, figsize=size, squeeze=False, sharey="row")
     for (sweep, results), row in zip(swept.items(), grid, strict=True):
         for (layout, pass_name), axes in zip(SWEEP_PANELS, row, strict=True):
             draw_sweep(axes, run, sweep, [r for r in results if (r.layout, r.pass_name) == (layout, pass_name)])
             axes.set_title(f"{pass_name}, {layout}", fontsize=10)
         row[0].set_ylabel("GB/s, every tensor counted once")
-    entries = {
-        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    legends = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid.flat)
+    entries = {label: handle for legend in legends for handle, label in legend}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(title(run.environment) + f"; {run.results[0].dtype}", fontsize=10)
     save(figure, path)
@@ -205,31 +195,17 @@ def draw_sweep(axes: Axes, run: Run[CellResult], sweep: str, results: Sequence[C
     fusions = dict.fromkeys(result.fusion for result in results)
     if not results:
         return
-    line(
-        COPY,
-        [r for r in results if r.fusion == next(iter(fusions))],
-        c="C7",
-        lw=3,
-        alpha=0.5,
-        label="roof: a copy of x",
-    )
+    first = [r for r in results if r.fusion == next(iter(fusions))]
+    line(COPY, first, c="C7", lw=3, alpha=0.5, label="roof: a copy of x")
     roofs = sorted((position(r), run.roof.get(r.threads)) for r in results)
     known = [(x, roof / 1e9) for x, roof in roofs if roof]
     if known:
-        axes.plot(
-            *zip(*known, strict=True), c="C3", ls="--", lw=1.2, marker=".", label="roof: a copy that no cache holds"
-        )
+        style = {"c": "C3", "ls": "--", "lw": 1.2, "marker": ".", "label": "roof: a copy that no cache holds"}
+        axes.plot(*zip(*known, strict=True), **style)
     for name in (OURS, *peers_of(results)):
-        for fusion, style in zip(fusions, ("-", ":"), strict=False):
-            line(
-                name,
-                [r for r in results if r.fusion == fusion],
-                c=COLOURS[name],
-                ls=style,
-                marker="o",
-                ms=3,
-                label=f"{name}, {FUSION_LABELS[fusion]}",
-            )
+        for fusion, ls in zip(fusions, ("-", ":"), strict=False):
+            style = {"c": COLOURS[name], "ls": ls, "marker": "o", "ms": 3, "label": f"{name}, {FUSION_LABELS[fusion]}"}
+            line(name, [r for r in results if r.fusion == fusion], **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     positions = sorted({position(result) for result in results})

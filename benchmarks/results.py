@@ -160,12 +160,10 @@ def read_cells(path: Path) -> Run[CellResult]:
 def merge(results: list[CellResult], new: Iterable[CellResult]) -> None:
     """Add ``new`` to ``results``: the peers of a cell that is there already go to it, each with the ratio of its own
     rounds."""
-    index = {result.cell: number for number, result in enumerate(results)}
+    cells = {result.cell: result for result in results}
     for result in new:
-        if result.cell in index:
-            there = results[index[result.cell]]
-            results[index[result.cell]] = dataclasses.replace(
-                there, peers=there.peers | result.peers, saved=result.saved | there.saved
-            )
-        else:
-            results.append(result)
+        there = cells.get(result.cell)
+        if there is not None:
+            result = dataclasses.replace(there, peers=there.peers | result.peers, saved=result.saved | there.saved)
+        cells[result.cell] = result
+    results[:] = cells.values()

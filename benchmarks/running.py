@@ -40,9 +40,8 @@ def measure_each(
     begin = time.perf_counter()
     limit = math.inf if options.limit is None else options.limit
     left = list(pieces)
-    progress = progress_bar(console)
     try:
-        with progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("", total=len(pieces) * options.rounds)
             while left and not run.interrupted and time.perf_counter() - begin < limit:
                 piece = left[0]

@@ -167,9 +167,9 @@ class CpuClock(Clock):
 
 @contextlib.contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Let torch use ``count`` threads for a while."""
+    """Let torch use ``count`` threads for a while; 0 stands for a GPU, where the CPU's threads stay as they are."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

@@ -11,7 +11,9 @@ each other, in clusters or through memory, is not counted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,26 +154,22 @@ def strategy_of(it: Pass) -> str:
 def print_networks(batches: list[int], devices: list[str]) -> None:
     print("\n| network | batch | GPU | layout | strategies | launches | bnfused | torch | Apex | predicted speed-up |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, layers_of in NETWORKS.items():
-        layers = list(layers_of())
-        for batch in batches:
-            for device in (DEVICES[key] for key in devices):
-                for layout in LAYOUTS:
-                    plans = [(layer, plan_of(layer, batch, layout, device)) for layer in layers]
-                    own = total([(layer.count, ours(it)) for layer, it in plans])
-                    peer = total([(layer.count, torchs(layer, batch, layout)) for layer in layers])
-                    apex = total([(layer.count, apexs(layer, batch, device)) for layer in layers])
-                    strategies: dict[str, int] = {}
-                    for layer, it in plans:
-                        strategy = strategy_of(it.forward)
-                        strategies[strategy] = strategies.get(strategy, 0) + layer.count
-                    chosen = ", ".join(f"{count} {strategy}" for strategy, count in sorted(strategies.items()))
-                    print(
-                        f"| {name} | {batch} | {device.name} | {layout} | {chosen} | {own.launches} "
-                        f"| {own.bytes / 1e9:.3g} GB | {peer.bytes / 1e9:.3g} GB "
-                        f"| {f'{apex.bytes / 1e9:.3g} GB' if layout == 'channels_last' else '-'} "
-                        f"| {peer.seconds(device) / own.seconds(device):.2f} |"
-                    )
+    for name, batch, key, layout in itertools.product(NETWORKS, batches, devices, LAYOUTS):
+        device, layers = DEVICES[key], list(NETWORKS[name]())
+        plans = [(layer, plan_of(layer, batch, layout, device)) for layer in layers]
+        own = total([(layer.count, ours(it)) for layer, it in plans])
+        peer = total([(layer.count, torchs(layer, batch, layout)) for layer in layers])
+        apex = total([(layer.count, apexs(layer, batch, device)) for layer in layers])
+        strategies: Counter[str] = Counter()
+        for layer, it in plans:
+            strategies[strategy_of(it.forward)] += layer.count
+        chosen = ", ".join(f"{count} {strategy}" for strategy, count in sorted(strategies.items()))
+        print(
+            f"| {name} | {batch} | {device.name} | {layout} | {chosen} | {own.launches} "
+            f"| {own.bytes / 1e9:.3g} GB | {peer.bytes / 1e9:.3g} GB "
+            f"| {f'{apex.bytes / 1e9:.3g} GB' if layout == 'channels_last' else '-'} "
+            f"| {peer.seconds(device) / own.seconds(device):.2f} |"
+        )
 
 
 def print_layers(network: str, batch: int, device: DeviceLimits, layout: str) -> None:
@@ -194,17 +192,16 @@ def print_layers(network: str, batch: int, device: DeviceLimits, layout: str) ->
 def curves(device: DeviceLimits) -> dict[str, list[pictures.Curve]]:
     """By fusion: the predicted speed-up over eager torch against the megabytes of an activation, batch 1 to 2,048."""
     by_fusion: dict[str, list[pictures.Curve]] = {}
-    for fusion in FUSIONS:
-        for channels, size in ((64, 112), (256, 56), (512, 28), (2048, 7)):
-            for layout in LAYOUTS:
-                layer = Layer(channels, size, fusion)
-                points = []
-                for batch in (2**n for n in range(12)):
-                    own = ours(plan_of(layer, batch, layout, device)).seconds(device)
-                    megabytes = 2 * batch * channels * size**2 / 1e6
-                    points.append((megabytes, torchs(layer, batch, layout).seconds(device) / own))
-                name = f"{channels} x {size} x {size}, {layout}"
-                by_fusion.setdefault(fusion, []).append(pictures.Curve(name, points))
+    sizes = (64, 112), (256, 56), (512, 28), (2048, 7)
+    for fusion, (channels, size), layout in itertools.product(FUSIONS, sizes, LAYOUTS):
+        layer = Layer(channels, size, fusion)
+        points = []
+        for batch in (2**n for n in range(12)):
+            own = ours(plan_of(layer, batch, layout, device)).seconds(device)
+            megabytes = 2 * batch * channels * size**2 / 1e6
+            points.append((megabytes, torchs(layer, batch, layout).seconds(device) / own))
+        name = f"{channels} x {size} x {size}, {layout}"
+        by_fusion.setdefault(fusion, []).append(pictures.Curve(name, points))
     return by_fusion
 
 

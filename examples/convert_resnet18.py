@@ -76,10 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not difference <= TOLERANCE:
         console.print(f"FAILED: more than {TOLERANCE:g}", style="bold red")
         return 1
-    console.print(
-        f"\nTraining steps on {options.batch_size} images of {options.size}x{options.size}, float32, "
-        f"{options.threads} thread(s), in turns ..."
-    )
+    images = f"{options.batch_size} images of {options.size}x{options.size}, float32"
+    console.print(f"\nTraining steps on {images}, {options.threads} thread(s), in turns ...")
     clock = make_clock(torch.device("cpu"), options.threads)
     times: dict[str, dict[Hashable, list[float | None]]] = {}
     try:

@@ -259,7 +259,7 @@ def report_losses(training: Training, console: Console) -> None:
     table.add_row("first gradient, relative", *(f"{training.gradient_errors[name]:.1e}" for name in IMPLEMENTATIONS))
     for step, errors in enumerate(zip(*map(training.first_loss_errors, IMPLEMENTATIONS), strict=True), 1):
         table.add_row(f"loss in step {step}", *(f"{error:.1e}" for error in errors))
-    console.print(table, "\n")
+    console.print(table, "")
 
 
 def report_times(training: Training, console: Console) -> None:

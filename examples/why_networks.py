@@ -47,11 +47,10 @@ def normalized(layer: nn.Linear | nn.Conv2d, activation: nn.Module, variant: Var
     Before the activation is the default of Ioffe & Szegedy, 2015, section 3.2; the bias of the layer is dropped then,
     as batch norm would subtract it.
     """
-    units = layer.weight.shape[0]
     if variant.norm is None:
         return [layer, activation]
-    norm = bnfused.BatchNorm2d(units) if isinstance(layer, nn.Conv2d) else bnfused.BatchNorm1d(units)
-    norms = [norm, diagnostics.ShiftingNoise()] if variant.noise else [norm]
+    norm = bnfused.BatchNorm2d if isinstance(layer, nn.Conv2d) else bnfused.BatchNorm1d
+    norms = [norm(layer.weight.shape[0]), *([diagnostics.ShiftingNoise()] if variant.noise else [])]
     if variant.norm == "after":
         return [layer, activation, *norms]
     layer.bias = None
@@ -127,10 +126,8 @@ def make_network(network: Network, variant: Variant, seed: int) -> nn.Sequential
         if variant.torch_init:
             layer.reset_parameters()
             continue
-        if network.activation is nn.ReLU:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        else:
-            nn.init.xavier_normal_(layer.weight)
+        he = functools.partial(nn.init.kaiming_normal_, nonlinearity="relu")
+        (he if network.activation is nn.ReLU else nn.init.xavier_normal_)(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
     return model

@@ -159,13 +159,11 @@ def speed_figure(results: Results) -> Any:
         ticks = [tick for tick in (10, 20, 50, 100, 200, 500) if tick < limit]
         left.set_yticks([*ticks, never], [*map(str, ticks), "never"])
         left.minorticks_off()
-        left.set_title(
-            f"{network.title}\nsteps to 95 % test accuracy, median of the seeds (limit: {limit})", fontsize=10
-        )
+        title = f"{network.title}\nsteps to 95 % test accuracy, median of the seeds (limit: {limit})"
+        left.set_title(title, fontsize=10)
         right.axhline(0.95, c="grey", lw=0.8, ls=":")
-        right.set(
-            xscale="log", xlabel="step", ylabel="test accuracy", ylim=(0, 1.45), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1]
-        )
+        right.set(xscale="log", xlabel="step", ylabel="test accuracy", ylim=(0, 1.45))
+        right.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
         right.set_title(f"{network.title}\neach at its best rate, first seed, until 97 %", fontsize=10)
         for axes in (left, right):
             axes.grid(alpha=0.3)
@@ -189,7 +187,6 @@ def caption(axes: Any, comparison: Comparison, x: float) -> None:
 
 def shift_figure(comparisons: Sequence[Comparison], results: Results) -> Any:
     """Distance and cosine of the gradients of every layer over training; a column for each comparison."""
-    network = comparisons[0].network
     figure, grid = subplots(3, len(comparisons), figsize=(4.4 * len(comparisons), 9), squeeze=False)
     for column, comparison in zip(grid.T, comparisons, strict=True):
         for variant, heat in zip((PLAIN, BATCH_NORM), column[1:], strict=True):
@@ -203,16 +200,9 @@ def shift_figure(comparisons: Sequence[Comparison], results: Results) -> Any:
             column[0].fill_between(first.steps, low, high, color=variant.colour, alpha=0.15, lw=0)
             cosines = [[shift.cosine for shift in first.of_layer(layer)] for layer in layers]
             every = first.steps[1] - first.steps[0]
-            image = heat.imshow(
-                cosines,
-                cmap="RdBu",
-                vmin=-1,
-                vmax=1,
-                aspect="auto",
-                origin="lower",
-                interpolation="nearest",
-                extent=(first.steps[0] - every / 2, first.steps[-1] + every / 2, 1.5, len(layers) + 1.5),
-            )
+            extent = (first.steps[0] - every / 2, first.steps[-1] + every / 2, 1.5, len(layers) + 1.5)
+            style = {"cmap": "RdBu", "vmin": -1, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
+            image = heat.imshow(cosines, origin="lower", extent=extent, **style)
             heat.set_title(f"cosine of G and G': {label}", fontsize=9)
             heat.set_ylabel("layer (the first has no shift)")
         column[0].set_yscale("log")
@@ -223,10 +213,8 @@ def shift_figure(comparisons: Sequence[Comparison], results: Results) -> Any:
         column[-1].set_xlabel("step")
     figure.colorbar(image, ax=grid[1:, -1], label="cosine: 1 same direction, -1 reversed")
     share_limits(grid[0])
-    figure.suptitle(
-        f"{network.title}: a layer's gradient before (G) and after (G') the layers before it step (first seed)",
-        fontsize=11,
-    )
+    what = "a layer's gradient before (G) and after (G') the layers before it step (first seed)"
+    figure.suptitle(f"{comparisons[0].network.title}: {what}", fontsize=11)
     return figure
 
 
