@@ -37,7 +37,8 @@ SANITIZERS = {
     "-address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "-thread": "-O2 -g1 -fsanitize=thread",
 }
-DEVICE = tuple(HERE / f"{name}.cpp" for name in ("emulated_device", "fiber", "guarded_buffer"))
+DEVICE_FILES = ("launch", "scheduler", "barriers", "memory", "report", "fiber", "guarded_buffer")
+DEVICE = tuple(HERE / f"{name}.cpp" for name in DEVICE_FILES)
 # Of a machine without a toolkit: the headers of the runtime, of the compiler, and nv/target.
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88", "nvidia-cuda-cccl==13.0.85")
 LAUNCHERS = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))

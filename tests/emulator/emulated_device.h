@@ -1,5 +1,5 @@
 // The device as kernels see it where g++ compiles them: what csrc/kernels/platform.cuh defines for nvcc, and CUDA's own
-// names. Only declarations and one-liners; the work is in emulated_device.cpp.
+// names. It has only declarations and short functions; machine.h lists the files that do the work.
 //
 // Left out on purpose: __activemask (threads of a warp do not run in step here, nor need they on a device) and literal
 // __shared__ (g++ cannot give every block its own object; BNFUSED_SHARED can).
