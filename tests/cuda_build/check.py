@@ -1,8 +1,8 @@
 """Compile, inspect, link and import the CUDA half on a machine without a GPU: ``make cuda-check``.
 
-Every .cu goes through nvcc with warnings, spills and local memory as errors; what came out is read and compared with
-RULES; then it is linked with the torch at hand, which may be one without CUDA, and imported. All of it in a folder of
-its own: the extension in bnfused/ stays what it is.
+nvcc compiles every .cu with warnings, spills and local memory as errors. The machine code is compared with RULES. Then
+the extension is linked with the installed torch, which may be a build without CUDA, and imported. All of this happens
+in a folder of its own, so the extension in bnfused/ does not change.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ import machine_code
 from machine_code import Rule
 
 ROOT = Path(__file__).resolve().parents[2]
-# The oldest, the first with asynchronous copies, the first with clusters, the newest: each compiles code that the one
-# before leaves out, and a kernel that has registers to spare on one may have none on another.
+# The oldest GPU, the first with asynchronous copies, the first with clusters, and the newest. Each compiles code that
+# the one before leaves out, and a kernel that has registers to spare on one may have none on another.
 ONE_OF_EACH = "7.5;8.0;9.0;12.0"
 EVERY = "7.5;8.0;8.6;8.9;9.0;10.0;12.0"
 STRICT = "-Werror all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 
-# By the first that fits. Two blocks on an SM cover the latency of its memory. The backward's sums of rows keep sums and
-# constants of 8 channels in registers, and float64 takes two for a value: these load more at once, and get by with one.
-# What csrc/plan.h counts on for blocks that wait for each other: blocks by registers (resident_blocks_per_sm), and the
-# shared memory that is not theirs to keep values in (static_shared, and kReservedShared, which is in the reports of new
-# GPUs).
+# The first rule that fits a kernel's name holds for it. Two blocks on an SM cover the latency of its memory. Two kinds
+# of kernels load more at once, and need only one block: the backward's sums of rows, which keep sums and constants of 8
+# channels in registers, and those of float64, which takes two registers for a value.
+# For blocks that wait for each other, csrc/plan_resident.h relies on the blocks that registers allow
+# (resident_blocks_per_sm), and on the shared memory that cannot keep values: static_shared, and kReservedShared, which
+# new GPUs report as used.
 OF_ROWS, OF_PLANES = 9 * 128 * 24 + 64 + 1024, 128 * 24 + 64 + 1024
-# loads_together: a kernel that waits for each unit before it loads the next has 2 or 3 (of x, grad_y, a residual), in
-# the statistics 1; of how many units they are, docs/performance.md says. Those for sm_120 wait for the first one alone.
+# loads_together: a kernel that waits for each unit before it loads the next has 2 or 3 (x, grad_y, a residual), and 1
+# in the statistics. docs/performance.md says of how many units the loads are. Kernels for sm_120 wait for the first one
+# alone.
 _resident = partial(Rule, wide_loads=True, wide_stores=True, copies=True, clusters=True, loads_together=7)
 RULES = (
     Rule("_gather", 2, wide_loads=False, wide_stores=False),
@@ -52,9 +54,9 @@ RULES = (
     Rule("_stats_", 2, wide_loads=True, wide_stores=False, loads_together=3),
 )
 
-# Of the CUDA runtime, what a launch may call. None of it waits for the GPU or ends the capture of a graph, also where
-# there is no room for blocks that wait and a second plan is launched; and none is a launch of its own. But for
-# cudaMalloc and cudaMemsetAsync: of the counters of a stream, once, and not on one that is captured.
+# The functions of the CUDA runtime that a launch may call. None of them waits for the GPU, ends the capture of a graph,
+# or is a launch of its own. This also holds if there is no room for blocks that wait, and a second plan is launched.
+# The exceptions are cudaMalloc and cudaMemsetAsync, for the counters of a stream: once, and never during a capture.
 RUNTIME = {
     *("cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaStreamIsCapturing"),
     *("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "cudaOccupancyMaxActiveClusters"),
@@ -65,7 +67,7 @@ RUNTIME = {
 
 
 def load_setup() -> ModuleType:
-    """setup.py as a module: it knows where nvcc is, and the kernels by name."""
+    """setup.py as a module, which can find nvcc and knows the kernels by name."""
     spec = importlib.util.spec_from_file_location("bnfused_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -74,7 +76,7 @@ def load_setup() -> ModuleType:
 
 
 def build(folder: Path, **environment: str) -> None:
-    """The whole extension, with CUDA, into ``folder``/lib; exits where that fails."""
+    """Builds the whole extension, with CUDA, in ``folder``/lib. Exits if that fails."""
     command = [sys.executable, "setup.py", "build_ext"]
     command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "objects")]
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,16 +92,16 @@ def build(folder: Path, **environment: str) -> None:
         )
     if done.returncode != 0:
         text = log.read_text()
-        found = text.rfind("bnfused: ")  # an error of nvcc comes with its command, one of g++ at the end
+        found = text.rfind("bnfused: ")  # nvcc's errors come with the command, g++'s at the end
         sys.exit(f"{text[found if found >= 0 else -6000 :][:6000]}\nthe build failed; all of its output is in {log}")
 
 
 def inspect(folder: Path, tools: str) -> list[str]:
-    """Print a table of the kernels; return what breaks a rule."""
+    """Prints a table of the kernels and returns a message for each broken rule."""
     sources = [ROOT / "csrc" / "plan_shapes.h", *sorted((ROOT / "csrc" / "kernels").glob("*.cuh"))]
     threads = machine_code.block_size(sources)
     kernels = machine_code.read(sorted((folder / "objects" / "kernels").glob("*.o")), tools, os.cpu_count() or 1)
-    kernels = list(dict.fromkeys(kernels))  # a kernel that is no template is in every object
+    kernels = list(dict.fromkeys(kernels))  # a kernel that is not a template is in every object
     archs = sorted({kernel.arch for kernel in kernels}, key=lambda arch: int(arch.removeprefix("sm_")))
     print(f"on each GPU: registers, blocks of {threads} on an SM, 128-bit loads and stores, instructions")
     print(f"{'':58s}", *(f"{arch:>22s}" for arch in archs))
@@ -115,7 +117,7 @@ def inspect(folder: Path, tools: str) -> list[str]:
 
 
 def forbidden_calls(folder: Path) -> list[str]:
-    """What the launchers, and the ops that call them, ask of the CUDA runtime beyond RUNTIME."""
+    """A message for each runtime function that the launchers, or the ops that call them, use and RUNTIME lacks."""
     calls: set[tuple[str, str]] = set()
     for path in [*(folder / "objects" / "kernels").glob("*.o"), *(folder / "objects").rglob("csrc/ops/cuda.o")]:
         command = ["nm", "--undefined-only", str(path)]
@@ -128,7 +130,7 @@ def forbidden_calls(folder: Path) -> list[str]:
 
 
 def use(folder: Path) -> int:
-    """Import what was built and run its CPU ops, in a process of its own; the exit status."""
+    """Imports the build and runs its CPU ops in a process of its own; returns the exit status."""
     package = folder / "lib" / "bnfused"
     shutil.copytree(
         ROOT / "bnfused", package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "_*.so", "_*.txt")

@@ -1,7 +1,7 @@
 """Build the whole extension for a CUDA build of torch and import it, on a machine without a GPU: ``make cuda-build``.
 
-Torch's wheel is fetched once (0.5 GB, 1.1 GB unpacked) into build/cuda-build; what it needs of NVIDIA's libraries is
-stood in for (stubs.py). It runs in this Python, with the packages of this environment.
+Torch's wheel is downloaded once (0.5 GB, 1.1 GB unpacked) into build/cuda-build. Empty libraries (stubs.py) stand in
+for the NVIDIA libraries that it loads. It runs in this Python, with the packages of this environment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TORCH = "torch==2.11.0"  # the oldest supported; from PyPI it is a build for CUD
 
 
 def fetch(requirement: str, folder: Path) -> None:
-    """Unpack torch's wheel into ``folder``; a whole one is kept."""
+    """Unpacks torch's wheel into ``folder``, unless an earlier call has completed that."""
     if (folder / "torch" / "version.py").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -54,7 +54,7 @@ def main() -> int:
     fetch(options.torch, site)
     names = stubs.write(site / "torch" / "lib", libraries, folder / "stubs")
     print(f"stood in for {', '.join(names)}", flush=True)
-    # Inherited by the build and by what is run with it.
+    # The build, and the process that uses it, inherit these.
     os.environ["PYTHONPATH"] = str(site)
     os.environ["LD_LIBRARY_PATH"] = f"{folder / 'stubs'}{os.pathsep}{libraries}"
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")  # one is enough to link

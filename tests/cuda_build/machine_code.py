@@ -1,6 +1,6 @@
-"""What nvcc made of the kernels, read from object files: registers, memory, the width of accesses; and what must hold.
+"""Reads the machine code of the kernels (registers, memory, the width of accesses), and compares it with rules.
 
-``cuobjdump`` and ``nvdisasm`` do the reading; both come with the CUDA toolkit and as wheels of requirements-dev.txt.
+It uses ``cuobjdump`` and ``nvdisasm``, which come with the CUDA toolkit and as wheels of requirements-dev.txt.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ MAX_THREADS = {
     "sm_120": 1536,
 }
 FIRST_WITH_CLUSTERS = 90
-# Likewise, on all of them: a quarter of the registers to each of four schedulers, given out 256 at a time to a warp.
+# From the same table, equal for all: each of four schedulers has a quarter of the registers; a warp gets 256 at a time.
 SCHEDULERS, REGISTERS_OF_SCHEDULER, REGISTERS_AT_ONCE, WARP = 4, 16384, 256, 32
-# Where the upper 64 of an instruction's 128 bits name the scoreboard on which its result is waited for (one of six, or
-# 7 for none), and those that it waits on itself, a bit for each. Jia, Maggioni, Staiger and Scarpazza, "Dissecting the
-# NVIDIA Volta GPU Architecture via Microbenchmarking", 2018, section 2; NVIDIA does not document it.
+# Positions in the upper 64 of an instruction's 128 bits. SCOREBOARD: on which of six scoreboards others wait for its
+# result; 7 is none. WAITED_ON: a bit for each scoreboard on which it waits itself. Jia, Maggioni, Staiger and
+# Scarpazza, "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", 2018, section 2; NVIDIA does not
+# document it.
 SCOREBOARD, WAITED_ON = 46, 52
 
 
@@ -39,8 +40,8 @@ SCOREBOARD, WAITED_ON = 46, 52
 class Kernel:
     """One kernel, compiled for one GPU.
 
-    Wide loads and stores move 16 bytes from or to global memory; they are instructions in the listing, which the
-    compiler's unrolling multiplies.
+    Wide loads and stores move 16 bytes from or to global memory. They are counted as instructions in the listing, so
+    unrolled loops have more.
     """
 
     name: str
@@ -53,10 +54,10 @@ class Kernel:
     wide_stores: int
     copies: int  # from global to shared memory, asynchronous
     cluster_waits: int  # for the other blocks of a cluster
-    loads_together: int  # most wide loads that are on their way when one of them is waited for
+    loads_together: int  # the most wide loads in flight when the kernel waits for one of them
 
     def blocks_per_sm(self, threads: int) -> int:
-        """Blocks of ``threads`` threads that registers and threads leave room for on an SM."""
+        """How many blocks of ``threads`` threads fit on an SM, by their registers and threads."""
         warps_of_block = -(-threads // WARP)
         of_warp = -(-self.registers * WARP // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
         by_registers = SCHEDULERS * (REGISTERS_OF_SCHEDULER // of_warp) // warps_of_block
@@ -65,9 +66,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a family of kernels must keep: ``pattern`` is searched for in their names.
+    """A rule for the kernels in whose names ``pattern`` is found.
 
-    ``shared_bytes`` is the most static shared memory; without dynamic, what every GPU gives a block unasked.
+    ``shared_bytes`` is the most static shared memory. The default is what every GPU gives a block without a request.
     """
 
     pattern: str
@@ -75,13 +76,13 @@ class Rule:
     wide_loads: bool
     wide_stores: bool
     shared_bytes: int = 48 * 1024
-    copies: bool = False  # on GPUs that have them
-    clusters: bool = False  # likewise
+    copies: bool = False  # on GPUs that have asynchronous copies
+    clusters: bool = False  # on GPUs that have clusters
     loads_together: int = 0
 
 
 def broken(kernel: Kernel, rules: Sequence[Rule], threads: int) -> list[str]:
-    """Everything that is wrong with a kernel of ``threads`` threads a block, by the first rule that fits its name."""
+    """What breaks the first rule that fits the name of a kernel with blocks of ``threads`` threads."""
     rule = next((rule for rule in rules if re.search(rule.pattern, kernel.name)), None)
     if rule is None:
         return ["expected a rule for it, found none"]
@@ -130,14 +131,14 @@ def block_size(sources: Iterable[Path]) -> int:
 
 @dataclass
 class _Listing:
-    """What is met in the instructions of one kernel, from the first to the last."""
+    """Counts in the instructions of one kernel, from the first to the last."""
 
     instructions: Counter[str] = field(default_factory=Counter)
     on_their_way: Counter[int] = field(default_factory=Counter)  # wide loads, by their scoreboard
     loads_together: int = 0
 
     def schedule(self, instruction: str, upper_bits: int) -> None:
-        """Count ``instruction`` among the loads on their way, after those that it waits for."""
+        """Takes the loads for which ``instruction`` waits from those in flight, and adds it if it is a load."""
         if waited := [board for board in self.on_their_way if upper_bits >> WAITED_ON + board & 1]:
             self.loads_together = max(self.loads_together, sum(self.on_their_way.pop(board) for board in waited))
         scoreboard = upper_bits >> SCOREBOARD & 7
@@ -185,15 +186,15 @@ def parse(arch: str, resources: str, listing: Iterable[str], demangle: dict[str,
 
 
 def runtime_calls(symbols: str) -> set[str]:
-    """Functions of the CUDA runtime that an object asks for, from what ``nm --undefined-only`` prints.
+    """The CUDA runtime's functions that an object needs, from what ``nm --undefined-only`` prints.
 
-    Not those with which nvcc itself registers and calls kernels; they begin with ``__cuda``.
+    It leaves out those with which nvcc itself registers and calls kernels, which begin with ``__cuda``.
     """
     return set(re.findall(r"^\s*U (cuda[A-Z]\w*)", symbols, re.MULTILINE))
 
 
 def find_tools(toolkit: Path) -> str | None:
-    """The folder that has cuobjdump and nvdisasm: of the toolkit, of the wheels, or on the PATH."""
+    """The folder with cuobjdump and nvdisasm: the toolkit's, the wheels', or one on the PATH."""
     places = [toolkit / "bin"]
     if wheels := importlib.util.find_spec("nvidia"):
         places += [path for base in wheels.submodule_search_locations or [] for path in Path(base).glob("cu*/bin")]
@@ -203,7 +204,7 @@ def find_tools(toolkit: Path) -> str | None:
 
 
 def read(objects: Iterable[Path], tools: str, jobs: int) -> list[Kernel]:
-    """The kernels of object files, for every GPU that they hold machine code for; ``jobs`` disassemblers at once."""
+    """The kernels in object files, for every GPU of their machine code. ``jobs`` disassemblers run at once."""
 
     def output(*command: str, folder: str | None = None, text: str | None = None) -> str:
         return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=True).stdout

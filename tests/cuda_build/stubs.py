@@ -1,7 +1,7 @@
 """Empty stand-ins for the NVIDIA libraries that a CUDA build of torch loads, so that it imports without 3 GB of them.
 
-Each has the name, the symbols and the symbol versions that torch's libraries ask for; a call of any of them is an
-illegal instruction. Good for imports on a machine without a GPU, and for nothing else: never installed, never shipped.
+Each has the name, the symbols and the symbol versions that torch's libraries need. A call of any of them is an illegal
+instruction. They only serve imports on a machine without a GPU: they are never installed and never shipped.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NVIDIA = re.compile(r"lib(cu|nv|nccl)")
-# What their unversioned symbols begin with; those of the runtime and of cupti come from the toolkit.
+# How their unversioned symbols begin. The symbols of the runtime and of cupti come from the toolkit.
 SYMBOLS = re.compile(r"(cu(?!da[A-Z]|pti[A-Z])|nccl|nvshmem|nvrtc|nvJit)")
 DRIVER = "libcuda.so.1"  # not stubbed: the runtime must find that there is no driver
 
 
 @dataclass
 class Library:
-    """What an ELF library asks for: other libraries, and symbols by (file, version), both "" where unversioned."""
+    """What an ELF library needs: other libraries, and symbols by (file, version). Unversioned ones have "" for both."""
 
     needed: list[str]
     undefined: dict[tuple[str, str], set[str]]
@@ -58,9 +58,9 @@ def read(path: Path) -> Library:
 
 
 def wanted(libraries: Iterable[Library], present: set[str]) -> dict[str, dict[str, set[str]]]:
-    """For each library to stand in for: its symbols, by version. ``present`` are there already.
+    """The missing libraries with the symbols that they need, by version. The libraries ``present`` exist already.
 
-    Unversioned symbols may be defined by any library that is loaded: the first one gets all.
+    Any loaded library may define unversioned symbols, so the first one gets all of them.
     """
     libraries = list(libraries)
     names = {name for library in libraries for name in library.needed if NVIDIA.match(name)}
@@ -77,7 +77,7 @@ def wanted(libraries: Iterable[Library], present: set[str]) -> dict[str, dict[st
 
 
 def assembly(symbols: Iterable[str]) -> str:
-    """All of them at one illegal instruction."""
+    """The assembly of a library in which all symbols are at one illegal instruction."""
     lines = [f".globl {name}\n.type {name},@function\n{name}:" for name in sorted(symbols)]
     return "\n".join([".text", *lines, "ud2", '.section .note.GNU-stack,"",@progbits', ""])
 
@@ -91,7 +91,7 @@ def version_script(versions: dict[str, set[str]]) -> str:
 
 
 def write(torch_libraries: Path, toolkit_libraries: Path, folder: Path) -> list[str]:
-    """Make them for the libraries in ``torch_libraries``, but those that the toolkit has; returns their names."""
+    """Makes the libraries that ``torch_libraries`` need and the toolkit does not have; returns their names."""
     paths = sorted(path for path in torch_libraries.iterdir() if ".so" in path.name)
     present = {path.name for path in (*paths, *toolkit_libraries.iterdir())}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""A build with CUDA, on any machine: it imports, its CPU ops are right, CUDA tensors would find the kernels.
+"""Checks a build with CUDA on any machine: it imports, its CPU ops are right, CUDA tensors would find the kernels.
 
-Runs in the folder of the build, whose lib/ holds the package.
+It runs in the folder of the build, with the package in lib/.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Compiles what runs the CUDA kernels on the CPU: the emulated device and the programs on top of it.
+"""Compiles the emulated device, and the programs and the ops that run the CUDA kernels on it.
 
-``build(target)`` runs ninja, which compiles what changed and nothing else. From a shell:
+``build(target)`` runs ninja, which compiles only what changed. From a shell:
 
     python tests/emulator/build.py faulty_kernels faulty_kernels-thread
 
-A program ends in the sanitizer that it is built with: ``-address`` (with undefined behaviour) or ``-thread``; without
-either it is the plain build. The emulated device itself is never built with one, see sanitizers.h.
-Several processes may build at once: one of them runs ninja, the others wait for it.
+The end of a program's name says with which sanitizer it is built: ``-address`` (and undefined behaviour) or
+``-thread``. A name without either is the plain build. The emulated device itself is never built with a sanitizer, see
+sanitizers.h. If several processes build at once, one runs ninja and the others wait for it.
 ``libbnfused_emulated.so`` has the ops for torch.
 """
 
@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "emulator"
 OUTPUT = ROOT / "build" / "emulator"
 
-# Aliasing: kernels read 16 bytes as what they are not. Contraction: nvcc makes a fused multiply-add of a * b + c.
+# No strict aliasing: kernels read 16 bytes as another type than they were written as.
+# Contraction: nvcc also turns a * b + c into a fused multiply-add.
 FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=fast"
-# -O1 compiles in half the time of -O2, and -g adds a third; the emulator reports lines without it, and sanitizers
-# need no more than the lines. -thread not below -O2: ThreadSanitizer does not see what a function writes straight into
-# the place of its result, and inlined it does.
+# -O1 compiles in half the time of -O2. -g adds a third: the emulator reports lines without it, and sanitizers need
+# only line numbers, -g1. -thread needs -O2: ThreadSanitizer does not see what a function writes directly into the
+# place of its result, except if the function is inlined.
 SANITIZERS = {
     "": "-O1",
     "-address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
@@ -50,9 +51,10 @@ TORCH_OPS = (HERE / "emulated_ops.cpp", ROOT / "csrc" / "ops" / "schema.cpp")
 
 
 def cuda_include() -> Path:
-    """The folder of CUDA's headers: only types and conversions are used, nothing of CUDA is linked.
+    """The folder of CUDA's headers. They are used for types and conversions; no CUDA library is linked.
 
-    That of a toolkit, else of pip's packages, in a folder of their own: a torch that is here may have others.
+    It is the toolkit's folder. Without a toolkit, it is a folder of its own with pip's packages, because the installed
+    torch may come with other versions of them.
     """
     toolkits = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for toolkit in [*toolkits, Path("/usr/local/cuda")]:
@@ -63,10 +65,10 @@ def cuda_include() -> Path:
 
 
 def download_headers(folder: Path) -> Path:
-    """What is in the packages ``CUDA_HEADERS``, in ``folder``; 6 MB to download.
+    """Downloads the packages ``CUDA_HEADERS`` (6 MB) and unpacks them into ``folder``, which it returns.
 
     Raises:
-        RuntimeError: pip could not get them; the message says what to do.
+        RuntimeError: pip could not download them; the message says what to do.
     """
     with tempfile.TemporaryDirectory(dir=OUTPUT) as temporary:
         wheels, content = Path(temporary, "wheels"), Path(temporary, "content")
@@ -90,7 +92,7 @@ def torch_folder() -> Path:
 
 
 def machine_flags() -> str:
-    """Fused multiply-add where the compiler and this machine have it, as a GPU has."""
+    """Flags for fused multiply-add, which GPUs have, if this machine has it too."""
     try:
         has_fma = " fma " in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -110,7 +112,7 @@ def ninja_file() -> str:
         "  depfile = $out.d",
         "  description = $in",
         "rule link",
-        # -rdynamic: the emulated device asks the linker for the names of kernels.
+        # -rdynamic: the emulated device looks up the names of kernels among the exported symbols.
         f"  command = {compiler} -rdynamic $more $in -o $out $libraries -ldl",
         "  description = $out",
     ]
@@ -144,11 +146,11 @@ def build(*targets: str) -> Path:
     """Brings the targets up to date; the path of the first.
 
     Raises:
-        RuntimeError: the compiler said no; its output is the message.
+        RuntimeError: the compiler failed; its output is the message.
     """
     OUTPUT.mkdir(parents=True, exist_ok=True)
     with (OUTPUT / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
         file = OUTPUT / "build.ninja"
         text = ninja_file()
         if not file.exists() or file.read_text() != text:
@@ -162,7 +164,7 @@ def build(*targets: str) -> Path:
 
 
 def find_ninja() -> str:
-    """ninja beside this Python, else the one on the PATH."""
+    """The ninja next to this Python, or the one on the PATH."""
     beside = Path(sys.executable).parent / "ninja"
     return str(beside) if beside.exists() else shutil.which("ninja") or "ninja"
 

@@ -1,4 +1,4 @@
-// Stands before CUDA's header of this name on the include path: grid and cluster groups of the emulated device.
+// The grid and cluster groups of the emulated device. The include path has this before CUDA's header of the same name.
 #pragma once
 #include "emulated_device.h"
 

@@ -1,4 +1,4 @@
-"""``torch.ops.bnfused_emulated``: the CUDA backend on CPU tensors, and the settings of the device that it runs on."""
+"""``torch.ops.bnfused_emulated`` runs the CUDA backend on CPU tensors. Here are its ops and its device's settings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from emulator.build import build
 
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 STRATEGIES = {"small": 1, "streaming": 2, "resident": 5}  # csrc/plan.h
-_forced: str | None = None  # where settings name no strategy
+_forced: str | None = None  # used if settings name no strategy
 
 
 @dataclass
 class Traffic:
-    """Bytes moved by accesses of 16 bytes, and by smaller ones."""
+    """Bytes moved by accesses of 16 bytes (wide) and by smaller ones (narrow)."""
 
     wide: int = 0
     narrow: int = 0
@@ -34,7 +34,7 @@ class Traffic:
 
 @dataclass
 class Launch:
-    """One kernel that ran, and what it moved of every buffer that it loaded from or stored to."""
+    """One kernel that ran, and the bytes that it moved from and to each buffer."""
 
     kernel: str
     grid: int
@@ -48,7 +48,7 @@ class Launch:
 
 @cache
 def library() -> ctypes.CDLL:
-    """Builds and loads it; the ops are defined then."""
+    """Builds and loads the library, which defines the ops."""
     path = build("libbnfused_emulated.so")
     torch.ops.load_library(str(path))
     fake.register("bnfused_emulated")
@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def ops() -> SimpleNamespace:
-    """What ``bnfused.ops`` has, for this backend."""
+    """The functions of ``bnfused.ops``, for this backend."""
     library()
     return SimpleNamespace(**{name: _below_autograd(name) for name in _extension.OPS})
 
@@ -90,7 +90,7 @@ def take_launches() -> list[Launch]:
 
 
 def force(strategy: str | None) -> None:
-    """This strategy in every call whose settings name none; None is the planner's choice again."""
+    """Uses this strategy in every call whose settings name none. None restores the planner's choice."""
     global _forced
     _forced = strategy
     configure()
@@ -98,7 +98,7 @@ def force(strategy: str | None) -> None:
 
 @contextmanager
 def settings(**changes: Any) -> Iterator[None]:
-    """The emulated device as ``configure(**changes)`` leaves it; the usual one again afterwards."""
+    """Calls ``configure(**changes)``, and restores the default settings afterwards."""
     configure(**changes)
     try:
         yield
@@ -118,16 +118,16 @@ def configure(
     hopes: bool = False,
     strategy: str | None = None,
 ) -> None:
-    """The emulated device from here on; without arguments the usual one, of sm_90.
+    """Sets up the emulated device for the calls that follow. The default is a device of sm_90.
 
     Args:
-        order: forward, reverse or random, with ``seed``; None gives each call another schedule.
-        resident_blocks: alive at once.
+        order: forward, reverse or random (with ``seed``). With None each call has another schedule.
+        resident_blocks: how many blocks are on the device at once.
         compute_capability: below 90 there are no clusters.
-        shared_per_sm: bytes; what blocks keep on chip has to fit.
-        sms_taken: SMs that the planner counts on, and that cooperative launches and clusters do not get.
-        hopes: blocks that wait for each other are launched as any others, ``resident_blocks`` at once, in no cluster.
-        strategy: small, streaming or resident, where the problem allows it; None is the planner's choice.
+        shared_per_sm: bytes of shared memory, which bound what blocks keep on chip.
+        sms_taken: how many of the SMs that the planner counts on are not free for cooperative launches and clusters.
+        hopes: launches blocks that wait for each other like any others, without clusters, ``resident_blocks`` at once.
+        strategy: small, streaming or resident, if the problem allows it; None is the planner's choice.
     """
     lib: Any = library()
     if order is None:

@@ -1,8 +1,8 @@
-// The device as kernels see it where g++ compiles them: what csrc/kernels/platform.cuh defines for nvcc, and CUDA's own
-// names. It has only declarations and short functions; machine.h lists the files that do the work.
+// The device as kernels see it when g++ compiles them: the names that csrc/kernels/platform.cuh defines for nvcc, and
+// CUDA's own names. It has only declarations and short functions; machine.h lists the files that do the work.
 //
-// Left out on purpose: __activemask (threads of a warp do not run in step here, nor need they on a device) and literal
-// __shared__ (g++ cannot give every block its own object; BNFUSED_SHARED can).
+// It leaves out __activemask, because the threads of a warp do not run in step here, and need not on a device. It also
+// leaves out __shared__, because g++ cannot give every block its own object; BNFUSED_SHARED can.
 #pragma once
 #ifdef __CUDACC__
 #error "emulated_device.h is for the host compiler"
@@ -42,13 +42,13 @@ using Location = std::source_location;
 enum class WarpOp : uint8_t { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kAdd, kMin, kMax };
 enum class BarrierOp : uint8_t { kSync, kCount, kAnd, kOr };
 
-// What one lane gives to a warp intrinsic, or gets from it.
+// A value that a lane passes to a warp intrinsic or gets from it.
 struct alignas(32) LaneValue {
   unsigned char bytes[32];
 };
 
 struct SharedObject {
-  int number = -1;  // given at first use
+  int number = -1;  // assigned at the first use
 };
 void* shared_object(SharedObject& object, size_t bytes, size_t alignment);
 void* dynamic_shared();
@@ -64,9 +64,9 @@ LaneValue warp(WarpOp op, unsigned mask, const LaneValue& value, int argument, i
 void fence(Location at);
 void yield();
 
-// Counts an access to global memory; a stray or misaligned one ends the launch.
+// Counts an access to global memory. An access outside of buffers, or a misaligned one, ends the launch.
 void access_global(const void* p, size_t bytes, bool write, Location at);
-// Before an atomic; `bytes` at p may be global or shared.
+// To be called before an atomic on `bytes` at p, in global or shared memory.
 void before_atomic(const void* p, size_t bytes, Location at);
 void after_atomic(bool changed);
 
@@ -95,7 +95,7 @@ To bits_as(From value) {
   return to;
 }
 
-// One thread of the process runs them all, so that nothing has to be atomic but for ThreadSanitizer's eyes.
+// One thread of the process runs all emulated threads, so only ThreadSanitizer needs these accesses to be atomic.
 template <class T, class F>
 T modify(T* p, F change, Location at) {
   using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
@@ -112,7 +112,7 @@ T modify(T* p, F change, Location at) {
 
 // ------------------------------------------------------------------------------------------- CUDA's names
 
-inline uint3 threadIdx{}, blockIdx{};  // of the thread that runs
+inline uint3 threadIdx{}, blockIdx{};  // those of the thread that runs
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
@@ -165,7 +165,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned v, BNFUSED_AT) {
 
 inline void __threadfence(BNFUSED_AT) { bnfused::emulator::fence(at); }
 inline void __threadfence_block(BNFUSED_AT) { bnfused::emulator::fence(at); }
-inline void __nanosleep(unsigned) { bnfused::emulator::yield(); }  // what a loop that polls has to call
+inline void __nanosleep(unsigned) { bnfused::emulator::yield(); }  // loops that poll have to call it
 
 template <class T>
 T atomicAdd(T* p, std::type_identity_t<T> v, BNFUSED_AT) {
@@ -229,10 +229,10 @@ namespace bnfused::emulator {
 inline float rsqrt_of(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt_of(double x) { return 1.0 / std::sqrt(x); }
 }  // namespace bnfused::emulator
-#define rsqrtf(x) bnfused::emulator::rsqrt_of(static_cast<float>(x))  // a macro: newer C libraries have their own
+#define rsqrtf(x) bnfused::emulator::rsqrt_of(static_cast<float>(x))  // a macro: newer C libraries have a function
 #define rsqrt(x) bnfused::emulator::rsqrt_of(x)
 inline float __frcp_rn(float x) { return 1.0f / x; }
-// As far from the quotient as CUDA allows, 2 units in the last place, so that nobody relies on a / a being 1.
+// As far from the quotient as CUDA allows (2 units in the last place), so that no code relies on a / a being 1.
 inline float __fdividef(float a, float b) { return a / b * (1 - 0x1p-23f); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -306,7 +306,7 @@ inline unsigned load_again(const unsigned* p, BNFUSED_AT) {
   return emulator::modify(const_cast<unsigned*>(p), [](unsigned value) { return value; }, at);
 }
 
-// In one step: switches between fibers are what time goes into.
+// One call for all steps, because switches between fibers take most of the time.
 template <class T>
 T shuffle_xor(T v, int lanes, BNFUSED_AT) {
   return __shfl_xor_sync(~0u, v, lanes, 32, at);

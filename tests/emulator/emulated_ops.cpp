@@ -1,8 +1,8 @@
 // torch.ops.bnfused_emulated.*: the CUDA backend on CPU tensors. The checks of ops.h, the planner, the launchers and
 // the kernels are the real ones; the device is the emulated one.
 //
-// Every tensor of a call is copied to device memory of its exact size and alignment, and back: so that each call is
-// also a test of bounds, and nothing that a kernel did not write is right by chance.
+// Every tensor of a call is copied to device memory of its exact size and alignment, and back. So each call also tests
+// bounds, and a value that a kernel did not write cannot be right by chance.
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -19,19 +19,19 @@ using namespace bnfused;
 using emulator::GuardedBuffer;
 
 struct Settings {
-  bool vary_schedule = true;  // each launch gets another one, in turn
+  bool vary_schedule = true;  // each launch has another schedule, in turn
   int compute_capability = 90;
-  std::optional<Strategy> strategy;  // not the planner's choice
+  std::optional<Strategy> strategy;  // used instead of the planner's choice
 };
 Settings settings;
 std::string text;       // what the last query returned
-std::mutex one_device;  // the emulator has one
+std::mutex one_device;  // the emulator has only one device
 uint64_t calls = 0;
 
 // Device copies of the tensors of one call.
 class DeviceMemory {
  public:
-  // `p` is nullptr where the call has no such tensor.
+  // `p` is nullptr if the call has no such tensor.
   template <class T>
   T* input(const char* name, T* p, int64_t bytes) {
     return add(name, p, bytes, true, false);
@@ -86,7 +86,7 @@ class DeviceMemory {
   std::deque<Copy> copies_;  // its elements stay where they are
 };
 
-// Memory for a launch beside its arguments; checks that the tickets are left as they were found.
+// The workspace of a launch. It checks that the launch leaves the tickets as it found them.
 class DeviceWorkspace {
  public:
   DeviceWorkspace(const LaunchPlan& plan, const Problem& problem)
@@ -125,7 +125,7 @@ void choose_schedule() {
   constexpr unsigned kResidentBlocks = 4;
   emulator::Options& o = emulator::options;
   o.order = kOrders[calls % 4];
-  o.seed = calls / 2;  // odd and even ones by turns
+  o.seed = calls / 2;  // odd and even seeds take turns
   o.resident_blocks = o.order == emulator::Order::kRandom ? kResidentBlocks : 1;
   o.early_copies = o.order == emulator::Order::kReverse;
 }
@@ -134,7 +134,7 @@ void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "emulated devi
 
 int64_t bytes_of(const Problem& p) { return p.numel() * planning::size_of(p.dtype); }
 
-// With the strategy that the tests force, or the planner's choice.
+// The plan of the strategy that the tests force, or of the planner's choice.
 template <class PlanFor, class Launch>
 void run(const Problem& p, PlanFor plan_for, Launch launch) {
   check(cuda::launch_planned(limits(), plan_for, [&](const LaunchPlan& plan) {
@@ -279,7 +279,7 @@ TORCH_LIBRARY(bnfused_emulated, m) { bnfused::ops::define(m); }
 
 TORCH_LIBRARY_IMPL(bnfused_emulated, CPU, m) { bnfused::ops::implement<Emulated>(m); }
 
-// What tests/emulator/emulated.py calls.
+// The functions that tests/emulator/emulated.py calls.
 extern "C" {
 
 void bnfused_emulated_vary_schedule() { settings.vary_schedule = true; }
@@ -302,12 +302,12 @@ void bnfused_emulated_device(unsigned sm_count, int compute_capability, unsigned
   settings.compute_capability = compute_capability;
 }
 
-// -1: the planner's own.
+// -1 means the planner's choice.
 void bnfused_emulated_strategy(int strategy) {
   settings.strategy = strategy < 0 ? std::nullopt : std::optional(static_cast<Strategy>(strategy));
 }
 
-// Lines: a launch, then its buffers. Empties the record.
+// Returns the record as lines, a launch and then its buffers, and empties it.
 //   launch KERNEL GRID BLOCK DYNAMIC_SHARED STATIC_SHARED CLUSTER
 //   buffer NAME READ_WIDE READ_NARROW WRITTEN_WIDE WRITTEN_NARROW
 const char* bnfused_emulated_take_launches() {

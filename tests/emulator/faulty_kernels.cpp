@@ -1,9 +1,9 @@
-// Small kernels with one fault each, and without any: what the emulator has to find, and what it must let pass.
+// Small kernels, each with one fault that the emulator has to find, or without a fault, which it must accept.
 //
 //   faulty_kernels NAME [SITE]      runs kernel NAME under every schedule; drops barrier or fence SITE
 //
-// One line a schedule: "forward: right", "forward: wrong", or "forward: " and the emulator's report. Then the sites,
-// one line each. The names are in kCases, at the end.
+// It prints one line for each schedule: "forward: right", "forward: wrong", or "forward: " and the emulator's report.
+// Then it prints the sites, one line each. The names are in kCases, at the end.
 #include <cooperative_groups.h>
 
 #include <cstdio>
@@ -14,7 +14,7 @@
 #include "kernels/platform.cuh"
 #include "schedules.h"
 
-namespace faulty {  // not unnamed: launches are recorded by the names that the linker knows
+namespace faulty {  // a named namespace, because launches are recorded by their linker names
 
 using namespace bnfused;
 using emulator::GuardedBuffer;
@@ -48,7 +48,7 @@ struct alignas(16) Four {
 
 // ------------------------------------------------------------------------------------------- kernels
 
-// Sum of x over all blocks, one number; the last block to take a ticket adds the partial sums in order.
+// The sum of x over all blocks. The block that takes the last ticket adds the partial sums in order.
 template <Fault F>
 __global__ void sum(const float* x, int n, float* partials, unsigned* tickets, float* result) {
   BNFUSED_SHARED(float, of_warp, [kThreads / 32]);
@@ -89,7 +89,7 @@ __global__ void sum(const float* x, int n, float* partials, unsigned* tickets, f
   store_global(result, total);
 }
 
-// y[i] = x[n - 1 - i] within a block, through dynamic shared memory.
+// Within each block y[i] = x[n - 1 - i], through dynamic shared memory.
 template <Fault F>
 __global__ void reverse(const float* x, float* y) {
   BNFUSED_DYNAMIC_SHARED(float, tile);
@@ -98,7 +98,7 @@ __global__ void reverse(const float* x, float* y) {
   store_global(y + threadIdx.x, tile[blockDim.x - 1 - threadIdx.x]);
 }
 
-// Likewise within a warp, which does not run in step.
+// The same within a warp, whose threads do not run in step.
 template <Fault F>
 __global__ void reverse_in_warp(const float* x, float* y) {
   BNFUSED_SHARED(float, tile, [32]);
@@ -107,7 +107,7 @@ __global__ void reverse_in_warp(const float* x, float* y) {
   store_global(y + threadIdx.x, tile[31 - threadIdx.x]);
 }
 
-// Each block gives a number, each gets the sum of all; cooperative.
+// Each block contributes a number and reads the sum of all. The launch is cooperative.
 template <Fault F>
 __global__ void sum_in_grid(float* numbers, float* sums) {
   if (threadIdx.x == 0) store_global(numbers + blockIdx.x, blockIdx.x + 1.0f);
@@ -132,7 +132,7 @@ __global__ void sum_in_cluster(float* sums) {
   if (F != Fault::kEarlyClusterExit) cluster.sync();  // no block leaves while another reads its memory
 }
 
-// y = 2 x, tile after tile through two buffers: the next tile is under way while this one is used.
+// y = 2 x, tile after tile through two buffers. The next tile is copied while the current one is used.
 template <Fault F>
 __global__ void double_async(const float* x, float* y, int tiles) {
   BNFUSED_DYNAMIC_SHARED(float, buffers);
@@ -155,7 +155,7 @@ __global__ void double_async(const float* x, float* y, int tiles) {
   }
 }
 
-// Likewise, each tile copied twice into one buffer: what is there already must not be read during the second copy.
+// The same, but each tile is copied twice into one buffer, which must not be read during the second copy.
 template <Fault F>
 __global__ void double_copied_again(const float* x, float* y, int tiles) {
   BNFUSED_DYNAMIC_SHARED(float, buffer);
@@ -172,7 +172,7 @@ __global__ void double_copied_again(const float* x, float* y, int tiles) {
   }
 }
 
-// Each block waits for the one before it: right only if all are resident.
+// Each block waits for the one before it, which is right only if all blocks are resident.
 __global__ void chain(unsigned* flags, float* y) {
   if (threadIdx.x != 0) return;
   if (blockIdx.x) {
@@ -184,7 +184,7 @@ __global__ void chain(unsigned* flags, float* y) {
   atomicAdd(flags + blockIdx.x, 1u);
 }
 
-// Blocks 0 and 1 wait for each other's flag and then set their own.
+// Blocks 0 and 1 each wait for the other's flag before they set their own.
 __global__ void wait_for_each_other(unsigned* flags) {
   if (threadIdx.x != 0) return;
   while (atomicAdd(flags + (blockIdx.x + 1) % 2, 0u) == 0) {
@@ -192,33 +192,33 @@ __global__ void wait_for_each_other(unsigned* flags) {
   atomicAdd(flags + blockIdx.x, 1u);
 }
 
-// Two halves of a warp with different masks.
+// The two halves of a warp call with different masks.
 __global__ void different_masks(float* y) {
   float v = threadIdx.x;
   v = threadIdx.x < 16 ? __shfl_xor_sync(0xffffffffu, v, 1) : __shfl_xor_sync(0xffff0000u, v, 1);
   store_global(y + threadIdx.x, v);
 }
-// Only half of the lanes that the mask names come.
+// Only half of the lanes in the mask make the call.
 __global__ void half_warp(float* y) {
   float v = threadIdx.x;
   if (threadIdx.x < 16) v = __shfl_xor_sync(0xffffffffu, v, 1);
   __syncwarp();
   store_global(y + threadIdx.x, v);
 }
-// A lane calls with a mask that it is not in.
+// A lane calls with a mask that does not have its own bit.
 __global__ void mask_without_self(float* y) {
   float v = threadIdx.x;
   v = __shfl_xor_sync(0x0000ffffu, v, 1);
   store_global(y + threadIdx.x, v);
 }
-// A lane outside the mask is read: undefined.
+// A lane outside of the mask is read, which is undefined.
 __global__ void read_inactive_lane(float* y) {
   float v = threadIdx.x;
   if (threadIdx.x < 16) v = __shfl_xor_sync(0x0000ffffu, v, 16);
   store_global(y + threadIdx.x, v);
 }
 
-// One warp waits for the lanes of another call, the other for the block.
+// Half of a warp waits in a shuffle, the other half at the block's barrier.
 __global__ void shuffle_beside_barrier(float* y) {
   float v = threadIdx.x;
   if (threadIdx.x < 16) v = __shfl_xor_sync(0xffffffffu, v, 1);
@@ -226,7 +226,7 @@ __global__ void shuffle_beside_barrier(float* y) {
   store_global(y + threadIdx.x, v);
 }
 
-// Every collective once, against what it is by definition.
+// Calls every collective once and compares it with its definition.
 __global__ void collectives(int* wrong) {
   const unsigned t = threadIdx.x, lane = t % 32, full = ~0u;
   bool ok = __ballot_sync(full, lane % 3 == 0) == 0x49249249u;
@@ -241,7 +241,7 @@ __global__ void collectives(int* wrong) {
   if (!ok) atomicAdd(wrong, 1);
 }
 
-// y = x: 16 bytes at a time, the rest one by one.
+// y = x, 16 bytes at a time, and the remaining values one by one.
 __global__ void copy(const float* x, float* y, int n) {
   const int wide = n / 4 * 4, step = gridDim.x * kThreads, first = blockIdx.x * kThreads + threadIdx.x;
   for (int i = first * 4; i < wide; i += step * 4) {
@@ -272,7 +272,7 @@ bool run_sum() {
   GuardedBuffer tickets("tickets", sizeof(unsigned));
   count_up(x);
   *tickets.data<unsigned>() = 0;
-  for (int repeat = 0; repeat < 2; ++repeat) {  // the second launch needs what the first left behind
+  for (int repeat = 0; repeat < 2; ++repeat) {  // the second launch uses the state that the first one left
     result[0] = -1;
     if (!launched(launch({kBlocks, kThreads}, sum<F>, x.data<float>(), kCount, partials.data<float>(),
                          tickets.data<unsigned>(), result.data<float>()))) {

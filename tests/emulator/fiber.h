@@ -1,4 +1,4 @@
-// A fiber: a stack that runs until it hands over to another. Every emulated thread is one.
+// A fiber is a stack that runs until it switches to another one. Every emulated thread is a fiber.
 #pragma once
 #include <cstddef>
 
@@ -16,7 +16,7 @@ struct Fiber {
 #else
   ucontext_t context;
 #endif
-  char* stack = nullptr;  // lowest address; nullptr for the stack of the process
+  char* stack = nullptr;  // its lowest address; nullptr for the stack of the process
   size_t stack_bytes = 0;
   void* asan_stack = nullptr;
   void* tsan_fiber = nullptr;
@@ -26,7 +26,7 @@ struct Fiber {
 void prepare(Fiber& fiber, void (*entry)());
 void entered(Fiber& main);
 
-// Saves the running stack in `from`, goes on with `to`; returns when something switches back to `from`.
+// Saves the running stack in `from` and continues with `to`. It returns when somebody switches back to `from`.
 void switch_fiber(Fiber& from, Fiber& to);
 
 }  // namespace bnfused::emulator

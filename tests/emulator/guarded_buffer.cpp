@@ -31,7 +31,7 @@ GuardedBuffer::GuardedBuffer(std::string name, size_t bytes, size_t phase) : nam
   mapping_ = static_cast<char*>(mapping);
   mprotect(mapping_, kPage, PROT_NONE);
   mprotect(mapping_ + kPage + body, kPage, PROT_NONE);
-  // As near to the page behind as the phase allows: at most 15 bytes lie between.
+  // The buffer ends as close to the guard page as the phase allows: at most 15 bytes lie between them.
   const size_t slack = (16 - (bytes + phase) % 16) % 16;
   data_ = mapping_ + kPage + body - slack - bytes;
   std::memset(mapping_ + kPage, kFill, body);

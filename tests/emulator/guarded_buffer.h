@@ -1,9 +1,9 @@
-// Device memory of exactly the size that was asked for: every access beside it is noticed.
+// Device memory of exactly the requested size. Every access outside of it is noticed.
 //
-// load_global, store_global and the atomics look each address up, and so catch any stray access and count the bytes of
-// every buffer. Plain dereferences meet a page without access rights behind the buffer (AddressSanitizer: poisoned
-// bytes right before and behind it), or are found by what they overwrote. New buffers hold 0xFF, NaN in every
-// floating-point type.
+// load_global, store_global and the atomics look up each address. So they catch every access outside of buffers, and
+// count the bytes of each buffer. A plain dereference behind the buffer faults on a page without access rights; with
+// AddressSanitizer, the bytes right before and behind the buffer are poisoned. A plain write elsewhere is found
+// afterwards by the bytes that it changed. New buffers hold 0xFF, which is NaN in every floating-point type.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -37,7 +37,7 @@ class GuardedBuffer {
     return at >= begin && bytes <= bytes_ && at - begin <= bytes_ - bytes;
   }
 
-  Traffic read, written;  // in the launch that runs, or ran last
+  Traffic read, written;  // of the current or the last launch
 
  private:
   friend std::string damage_of_buffers();
@@ -57,7 +57,7 @@ void describe_address(const void* p, char* text, size_t text_bytes);
 // Every live buffer.
 const std::vector<GuardedBuffer*>& buffers();
 
-// Which bytes beside a buffer were overwritten; "" if none.
+// Which byte outside of a buffer was overwritten; "" if none was.
 std::string damage_of_buffers();
 
 }  // namespace bnfused::emulator

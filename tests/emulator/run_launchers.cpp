@@ -1,12 +1,12 @@
-// The CUDA backend on the emulated device without torch, so that a sanitizer can be in all of it: one case is a forward
-// and the backward that belongs to it.
+// Runs the CUDA backend on the emulated device without torch, so that all code can be compiled with a sanitizer. One
+// case is a forward and its backward.
 //
 //   run_launchers                   the names of the cases
 //   run_launchers NAME [SITE]       runs one; drops barrier or fence SITE
 //
-// One line a schedule: "forward: " and a hash of everything that was written, or the emulator's report. Then the sites
-// that were met and the kernels that ran, one line each. What is computed is not looked at: other tests do that, and
-// here it must not depend on the schedule.
+// It prints one line for each schedule: "forward: " and a hash of everything written, or the emulator's report.
+// Then it prints the sites that were met and the kernels that ran, one line each. The results only must not depend on
+// the schedule; other tests check their values.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -40,8 +40,8 @@ struct Case {
   size_t phase = 0;  // of the addresses of x, y and grad_x, modulo 16
   bool parameters = true;
   bool grad_x = true;
-  DeviceLimits device = {1, 90};  // one SM: few blocks
-  bool in_parts = false;          // x is a part of the batch
+  DeviceLimits device = {1, 90};  // one SM, so that there are few blocks
+  bool in_parts = false;          // x is one part of a batch over processes
 };
 
 constexpr DType kFloat = DType::kFloat32, kHalf = DType::kFloat16, kBfloat = DType::kBFloat16,
@@ -49,14 +49,14 @@ constexpr DType kFloat = DType::kFloat32, kHalf = DType::kFloat16, kBfloat = DTy
 constexpr Strategy kResident = Strategy::kResident;
 constexpr Activation kIdentity = Activation::kIdentity, kReLU = Activation::kReLU, kSiLU = Activation::kSiLU;
 
-// A device whose SMs have this much shared memory: what does not fit is read again, and more of it takes fewer blocks.
+// Devices whose SMs have this much shared memory. With less, more is read again; with more, fewer blocks are needed.
 constexpr DeviceLimits device_of(int sm_count, int64_t shared_per_sm) { return {sm_count, 80, shared_per_sm}; }
-// The same with clusters.
+// The same for a device that has clusters.
 constexpr DeviceLimits cluster_device_of(int sm_count, int64_t shared_per_sm) { return {sm_count, 90, shared_per_sm}; }
 constexpr int64_t kKiB = 1024;
 
-// Every kernel, with whole and partial units, tiles and blocks; few threads, for ThreadSanitizer takes up to a
-// millisecond for each.
+// The cases run every kernel, with whole and partial units, tiles and blocks. They have few threads, because
+// ThreadSanitizer takes up to a millisecond for each thread.
 const Case kCases[] = {
     {"rows_streaming", {290, 64, 1, kFloat}, true, kReLU, false, Strategy::kStreaming},
     {"rows_streaming_copies", {2800, 6, 1, kFloat}, true, kSiLU, true, Strategy::kStreaming},
@@ -68,15 +68,15 @@ const Case kCases[] = {
     {"rows_parameters_only", {37, 24, 1, kFloat}, true, kIdentity, false, {}, 0, true, false},
     {"planes_streaming", {2, 1, 8800, kHalf}, true, kReLU, true, Strategy::kStreaming},
     {"planes_streaming_odd", {65, 2, 63, kHalf}, true, kSiLU, true, Strategy::kStreaming},
-    // The plane touches fewer units than one that begins elsewhere does, and ends with the mask.
+    // The plane touches fewer units than a plane with another begin, and its end is the end of the mask.
     {"planes_streaming_last_unit", {1, 1, 10, kHalf}, true, kReLU, true, Strategy::kStreaming},
     {"planes_small", {2, 3, 640, kFloat}, true, kReLU, true, Strategy::kSmall},
     {"planes_small_odd", {5, 3, 7, kDouble}, true, kSiLU, false, Strategy::kSmall},
-    // Three blocks: the first two share a plane, whose channel is there a second time.
+    // Three blocks: the first two share a plane, and its channel has a second plane.
     {"planes_frozen", {2, 3, 901, kFloat}, false, kReLU, true},
     {"planes_frozen_grad_x", {2, 5, 13, kHalf}, false, kIdentity, true, {}, 0, false},
     {"planes_parameters_only", {2, 5, 13, kFloat}, true, kReLU, false, {}, 0, true, false},
-    // Four tiles, one after the other, by three blocks that keep all of it, and by two that keep a part.
+    // Four tiles, one after the other: by three blocks that keep whole tiles, and by two that keep a part.
     {"rows_resident", {290, 64, 1, kFloat}, true, kReLU, true, kResident, 0, true, true, device_of(4, 38 * kKiB)},
     {"rows_resident_partly",
      {290, 64, 1, kFloat},
@@ -120,7 +120,7 @@ const Case kCases[] = {
      true,
      true,
      device_of(4, 24 * kKiB)},
-    // Of the next tile, or channel, a part is fetched before this one is finished: backward, forward.
+    // A part of the next tile or channel is fetched before the current one is finished: backward, forward.
     {"rows_resident_ahead",
      {260, 40, 1, kBfloat},
      true,
@@ -141,7 +141,7 @@ const Case kCases[] = {
      true,
      true,
      device_of(2, 40 * kKiB)},
-    // Clusters of two blocks, beside each other, and of four, from tile to tile.
+    // Clusters of two blocks next to each other, and clusters of four that go from tile to tile.
     {.name = "rows_clusters",
      .problem = {290, 48, 1, kFloat},
      .residual = true,
@@ -171,13 +171,13 @@ const Case kCases[] = {
     {.name = "empty_in_parts", .problem = {0, 5, 1, kFloat}, .in_parts = true},
 };
 
-// What batches leave behind.
+// The state that batches update.
 struct RunningArgs {
   PerChannel mean, var;
   int64_t* counter;
 };
 
-// Buffers of a case. Numbers are the same in every run; what the launches write is hashed.
+// The buffers of a case. Their values are the same in every run. hash_of_results() hashes what the launches write.
 class Memory {
  public:
   void* numbers(const char* name, int64_t count, DType dtype, size_t phase = 0) {
@@ -199,7 +199,7 @@ class Memory {
   PerChannel result(const char* name, int64_t channels, DType dtype) {
     return {result(name, channels * planning::size_of(dtype)), dtype};
   }
-  // Numbers that the launch changes, not negative.
+  // Values that the launch updates; they are not negative.
   PerChannel updated(const char* name, int64_t channels, DType dtype) {
     void* p = result(name, channels * planning::size_of(dtype));
     std::memset(p, 0, results_.back()->bytes());
@@ -250,7 +250,7 @@ class Memory {
   uint64_t random_ = 1;
 };
 
-// Statistics of x as a part of a batch, and of the whole batch from those of three parts, the first of them empty.
+// Computes the statistics of x as a part of a batch, and those of the whole batch from three parts; the first is empty.
 cudaError_t gather(const Case& c, const void* x, const RunningArgs& running, double* mean, double* var,
                    Memory& memory) {
   const Problem& p = c.problem;
@@ -289,7 +289,7 @@ cudaError_t gather(const Case& c, const void* x, const RunningArgs& running, dou
   return cuda::batch_norm_gather_stats(all, memory.tickets(1), nullptr);
 }
 
-// The forward, and the backward that belongs to it; what both wrote is in `memory`.
+// Runs the forward and its backward. `memory` then has everything that they wrote.
 cudaError_t run(const Case& c, Memory& memory) {
   const Problem& p = c.problem;
   const int64_t n = p.numel(), bytes = n * planning::size_of(p.dtype);
@@ -379,7 +379,7 @@ void run_under_every_schedule(const Case& c) {
     } else {
       std::printf("%s: %s\n", schedule.name, emulator::report().c_str());
     }
-    if (emulator::under_tsan()) break;  // a race is seen in any schedule
+    if (emulator::under_tsan()) break;  // one schedule is enough: ThreadSanitizer sees a race in any of them
   }
   for (const std::string& site : emulator::sites()) std::printf("site %s\n", site.c_str());
   std::set<std::string> kernels;

@@ -1,6 +1,6 @@
-// What a sanitizer has to be told about stacks, memory and order that it cannot see by itself. The emulator itself is
-// compiled without sanitizers, or they would report the scheduler; it finds their runtimes, if the program has one,
-// through weak symbols. Signatures: sanitizer/{asan,common,tsan}_interface.h.
+// Tells sanitizers about stacks, memory and order, which they cannot see by themselves. The emulator itself is compiled
+// without sanitizers, because they would report the scheduler. Through weak symbols it finds their runtimes, if the
+// program has one. The signatures are those of sanitizer/{asan,common,tsan}_interface.h.
 #pragma once
 #include <cstddef>
 
@@ -31,7 +31,7 @@ inline void asan_allow(const void* p, size_t bytes) {
   if (under_asan()) __asan_unpoison_memory_region(p, bytes);
 }
 
-// ThreadSanitizer: what the running thread has done so far happens before whatever acquires `object` later.
+// ThreadSanitizer orders what the running thread has done so far before every later acquire of `object`.
 inline void tsan_release(void* object) {
   if (under_tsan()) __tsan_release(object);
 }
@@ -39,7 +39,7 @@ inline void tsan_acquire(void* object) {
   if (under_tsan()) __tsan_acquire(object);
 }
 
-// ThreadSanitizer: from here on, this is thread `fiber`; switching orders nothing.
+// For ThreadSanitizer the code from here on runs in thread `fiber`. The switch itself orders nothing.
 inline void tsan_become(void* fiber) {
   constexpr unsigned kNoSync = 1;
   if (under_tsan()) __tsan_switch_to_fiber(fiber, kNoSync);

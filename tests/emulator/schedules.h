@@ -1,4 +1,4 @@
-// The schedules that the programs of this folder run a kernel under: what is wrong in one of them shows in another.
+// The schedules under which the programs of this folder run a kernel. A fault that one schedule hides shows in another.
 #pragma once
 #include "emulator.h"
 
@@ -19,7 +19,8 @@ struct Schedule {
   }
 };
 
-// One block after the other shows who relies on others to be there; odd seeds mix all threads, even ones mostly blocks.
+// One block after the other shows kernels that rely on other blocks to be resident. Odd seeds mix all threads, even
+// seeds mostly mix blocks.
 constexpr Schedule kSchedules[] = {
     {"forward", Order::kForward, 1, 1, false}, {"reverse", Order::kReverse, 1, 1, true},
     {"random1", Order::kRandom, 1, 4, false},  {"random2", Order::kRandom, 2, 4, false},

@@ -1,4 +1,4 @@
-"""Results, clocks and scripts for the tests of the benchmarks."""
+"""Results, fake clocks and helpers that run scripts, for the tests of the benchmarks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run_of(*results: CellResult) -> Run[CellResult]:
 
 
 class FakeGpu:
-    """Stands in for torch.cuda: a queue whose events are read when it is synchronized, a millisecond per entry."""
+    """Stands in for torch.cuda. Each entry of its queue takes a millisecond; events can be read after a synchronize."""
 
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []

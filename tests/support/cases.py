@@ -1,7 +1,7 @@
-"""What the checks run on: shapes, layouts, data regimes, dtypes; and the tolerances, each with its derivation.
+"""The inputs of the checks: shapes, layouts, data regimes, dtypes. And the tolerances, each with its derivation.
 
-Data are random and fresh in every run (conftest.py prints the seed); a regime is a recipe, not a stored tensor.
-``x`` is made in the dtype under test, and what is expected of it is computed from those very values in float64.
+The data are random and fresh in every run (conftest.py prints the seed); a regime is a recipe, not a stored tensor.
+``x`` is made in the dtype under test. The expected results are computed from exactly these values in float64.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from support import oracle
 
 # ------------------------------------------------------------------------------------------- shapes
 
-# Channel counts: below, at and past the vector widths (8 and 16 float32, 32 float16), primes, multiples that are no
-# power of two (a grid rounded down to one leaves 65, 96 and 320 half done), and many channels of few rows.
+# Channel counts: below, at and above the vector widths (8 and 16 float32, 32 float16), primes, multiples that are not
+# powers of two (a grid rounded down to one would leave half of 65, 96 and 320 undone), and many channels of few rows.
 CHANNELS = (1, 2, 3, 5, 8, 12, 16, 31, 33, 48, 64, 65, 96, 320, 2048, 4099)
 
-# (H, W) whose product is 1, 2, 4, 7, 9, 49, 50, 196 and odd: a plane shorter than a vector, and every remainder.
+# Planes (H, W) of 1, 2, 4, 7, 9, 49, 50, 196 values and an odd number: shorter than a vector, and every remainder.
 SPATIAL = ((1, 1), (1, 2), (2, 2), (7, 1), (3, 3), (7, 7), (5, 10), (14, 14), (13, 17))
 
-# One below, at and one above the sizes at which an accumulator is flushed or merged on the CPU: 32768 values of a
+# One below, at, and one above the sizes at which the CPU flushes or merges an accumulator: 32768 values of a
 # plane and 524 rows (kBlockValues and kBlockRows in csrc/cpu/tuning.h), 4 rows (kLaneValues in
-# csrc/cpu/leaves_sums.h); and twice as many. 256 are the threads of a block on a GPU.
+# csrc/cpu/leaves_sums.h); and twice as many. A block on a GPU has 256 threads.
 BLOCK_ELEMENTS = (32767, 32768, 32769, 65535, 65537)
 BLOCK_ROWS = (3, 4, 5, 7, 8, 9, 255, 256, 257, 523, 524, 525, 1047, 1049)
 
 RANKS = {2: (24, 5), 3: (6, 5, 7), 4: (4, 5, 3, 6), 5: (3, 5, 2, 3, 4), 6: (2, 5, 2, 3, 2, 2)}
 
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish", "sigmoid", "tanh")
-PARAMS = {"leaky_relu": 0.2, "elu": 0.7}  # the defaults would hide an activation_param that is ignored
+PARAMS = {"leaky_relu": 0.2, "elu": 0.7}  # not the defaults, which would hide that activation_param is ignored
 
 # ------------------------------------------------------------------------------------------ layouts
 
 
 def _permuted(x: Tensor, source: int, target: int) -> Tensor:
-    """The values of ``x`` in memory with dimension ``source`` moved to ``target``; the shape stays."""
+    """``x`` with its dimension ``source`` at ``target`` in memory; the shape stays."""
     return x.movedim(source, target).contiguous().movedim(target, source)
 
 
 def _holes(x: Tensor, dim: int) -> Tensor:
-    """Every second place along ``dim`` of a buffer whose other places would be noticed: they hold NaN."""
+    """``x`` in every second place along ``dim`` of a buffer. The other places hold NaN, so that reading them shows."""
     sizes = list(x.shape)
     sizes[dim] *= 2
     buffer = x.new_full(sizes, math.nan)
@@ -60,7 +60,7 @@ def _window(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 def _offset(x: Tensor) -> Tensor:
-    """Dense, with the strides of ``x``, but one element away from the alignment of the allocation."""
+    """Dense, with the strides of ``x``, but one element after the aligned beginning of the allocation."""
     buffer = x.new_full((x.numel() + 1,), math.nan)
     return buffer.as_strided(x.shape, torch.empty_like(x).stride(), 1).copy_(x)
 
@@ -78,7 +78,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channel_window": lambda x: _window(x, 1, 2, 1),
     "channel_window_channels_last": lambda x: _window(x.movedim(1, -1), x.dim() - 1, 1, 2).movedim(-1, 1),
     "padded_rows": lambda x: _window(x, x.dim() - 1, 0, 1),
-    # These repeat values, so they change the data; what is expected is computed from the result.
+    # These repeat values, so they change the data. The expected results are computed from the changed data.
     "expanded_batch": lambda x: x[:1].expand_as(x),
     "expanded_last": lambda x: x[..., :1].expand_as(x),
     "expanded_channels": lambda x: x[:, :1].expand_as(x),
@@ -86,12 +86,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def dense_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides promised for y and grad_x: those of x where x is dense, else those torch gives a like tensor."""
+    """The strides promised for y and grad_x: those of a dense x; otherwise those that torch gives a like tensor."""
     return torch.empty_like(x).stride()
 
 
 def strides_that_matter(x: Tensor, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The stride of a dimension of size 1 is never used."""
+    """The strides without those of dimensions of size 1, which are never used."""
     return tuple(stride for size, stride in zip(x.shape, strides, strict=True) if size > 1)
 
 
@@ -106,18 +106,18 @@ def _first_sample(x: Tensor, value: float) -> Tensor:
 
 
 def _drift(x: Tensor) -> Tensor:
-    """A mean that moves by 100 std from the first sample to the last: what a shift taken at the start gets wrong."""
+    """The mean moves by 100 std from the first sample to the last, so a shift taken at the start does not fit."""
     ramp = torch.linspace(0.0, 100.0, x.shape[0], dtype=x.dtype)
     return x + ramp.view(-1, *[1] * (x.dim() - 1))
 
 
 def _constant(x: Tensor) -> Tensor:
-    """A random constant per channel, of float32 precision: sums of it are exact in float64."""
+    """A random constant per channel. It has float32 precision, so that its sums are exact in float64."""
     values = (10_000.1 * torch.randn(x.shape[1])).to(x.dtype)
     return values.view(-1, *[1] * (x.dim() - 2)).expand_as(x).clone()
 
 
-# From N(0, 1) in float64 to the data; cast to the dtype under test afterwards.
+# Each makes the data from N(0, 1) in float64. They are cast to the dtype under test afterwards.
 REGIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "standard": lambda x: x,
     "mean_1e4_std_0.1": lambda x: 1e4 + 0.1 * x,
@@ -141,14 +141,15 @@ REGIMES_16 = {
 
 # --------------------------------------------------------------------------------------- tolerances
 
-# Relative to the largest value expected. float32: y = (x - mean) * scale + bias is three roundings of 6e-8; sums of
-# up to 1e5 products, in blocks, add a few more. 5e-6 leaves a factor of ten, and is thousands of times under what a
-# float32 mean does to data at mean 1e4 and std 0.01: that mean is off by up to 5e-4, a twentieth of a std.
+# All are relative to the largest expected value. float32: y = (x - mean) * scale + bias has three roundings of 6e-8,
+# and sums of up to 1e5 products, in blocks, add a few more. 5e-6 leaves a factor of ten. It is thousands of times
+# below the error from a float32 mean for data with mean 1e4 and std 0.01: that mean is off by up to 5e-4, a twentieth
+# of a std.
 FLOAT32 = 5e-6
-# float64: the same count of roundings of 1.1e-16, and the oracle has its own; at mean 1e4 and std 0.01 both lose 1e6.
+# float64: as many roundings of 1.1e-16, and the oracle's own. At mean 1e4 and std 0.01 both lose a factor of 1e6.
 FLOAT64 = 1e-12
 FLOAT64_HARD = 1e-9
-# The gradient of a kinked activation is not compared where float32 can not tell on which side z is; z is good to 5e-6.
+# z is right to 5e-6. Nearer to a kink float32 cannot tell on which side z is, so gradients are not compared there.
 KINK_MARGIN = 1e-5
 
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "elu": (0.0,), "hardswish": (-3.0, 3.0)}
@@ -157,10 +158,10 @@ KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "elu": (0.0,
 def limit(expected: Tensor, scale: float | Tensor, dtype: torch.dtype, *, hard: bool = False) -> Tensor:
     """The largest error allowed at each element of ``expected`` (float64), for a result stored in ``dtype``.
 
-    ``scale`` is the largest value expected, or the size of the terms where they cancel; see oracle.py. ``hard`` is for
-    float64 data whose mean is a million times their std.
-    A 16-bit result is the float32 one rounded once: half a unit in the last place of *this* element (half the smallest
-    subnormal near 0), on top of the float32 error.
+    ``scale`` is the largest expected value, or the size of the terms if they cancel; see oracle.py. ``hard`` is for
+    float64 data with a mean of a million times their std.
+    A 16-bit result is the float32 result rounded once. That adds half a unit in the last place of *this* element (half
+    the smallest subnormal near 0) to the float32 error.
     """
     if dtype == torch.float64:
         return torch.zeros_like(expected) + (FLOAT64_HARD if hard else FLOAT64) * scale
@@ -173,10 +174,10 @@ def limit(expected: Tensor, scale: float | Tensor, dtype: torch.dtype, *, hard: 
 
 
 def no_worse_than_torch(torch_error: float, dtype: torch.dtype) -> float:
-    """The largest relative error allowed where torch's own against float64 is ``torch_error``.
+    """The largest relative error allowed if torch's own error against float64 is ``torch_error``.
 
-    Never above torch's own, but for half of it or one rounding of the output (a unit in the last place of its largest
-    value), whichever is more: the worst of thousands of equally good values differs by that much by chance.
+    The margin above torch's own is half of it or one rounding of the output (a unit in the last place of its largest
+    value), whichever is more. The worst of thousands of equally good values differs by that much by chance.
     """
     return torch_error + max(torch_error / 2, torch.finfo(dtype).eps)
 
@@ -186,7 +187,7 @@ def no_worse_than_torch(torch_error: float, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments of one call of batch_norm, and the gradient that comes back into it."""
+    """The arguments of one call of batch_norm, and the gradient of its output."""
 
     x: Tensor
     grad_y: Tensor
@@ -219,7 +220,7 @@ class Problem:
 
 
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 beside 16-bit activations, as mixed-precision training has it."""
+    """float32 for 16-bit activations, as in mixed-precision training."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -241,7 +242,9 @@ def make(
     activation_param: float | None = None,
     **settings: Any,
 ) -> Problem:
-    """A random problem. Weights have both signs, at least 0.5; ``zero_stats`` lets running_var show its error."""
+    """A random problem. Weights have both signs and are at least 0.5 in size. ``zero_stats`` starts the running
+    statistics at 0, so that an error of their update shows.
+    """
     param_dtype = parameter_dtype(dtype) if param_dtype is None else param_dtype
     recipe = REGIMES[regime] if isinstance(regime, str) else regime
     channels = shape[1]
@@ -277,7 +280,7 @@ def make(
 
 
 def away_from_kinks(problem: Problem) -> Problem:
-    """The problem with no gradient coming in where z is too near a kink for float32 to know its side."""
+    """The problem with grad_y set to 0 where z is too near a kink for float32 to know its side."""
     kinks = KINKS.get(problem.activation or "", ())
     if not kinks or problem.x.numel() == 0:
         return problem

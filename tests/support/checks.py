@@ -1,8 +1,8 @@
 """The checks, as functions of the batch_norm under test: ``check_*(batch_norm, ...)`` raises AssertionError.
 
-Every backend goes through them, and so do the deliberately wrong ones of test_planted_bugs.py, which shows that each
-check can fail (but for ``check_transforms_numerically``, torch's gradcheck in modes that those do not have).
-``batch_norm`` has the signature of ``bnfused.functional.batch_norm``.
+They run on every backend, and on the deliberately wrong implementations of test_planted_bugs.py, which shows that each
+check can fail. The exception is ``check_transforms_numerically``: it is torch's gradcheck in modes that the wrong
+implementations do not have. ``batch_norm`` has the signature of ``bnfused.functional.batch_norm``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAVES = ("x", "weight", "bias", "residual")
 
 @dataclass
 class Outcome:
-    """Everything one call leaves behind."""
+    """All results of one call."""
 
     values: dict[str, Tensor | None]
     num_batches_tracked: int | None
@@ -56,7 +56,7 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 
 
 def run(batch_norm: BatchNorm, problem: Problem, needs: Iterable[str] = LEAVES) -> Outcome:
-    """Forward and backward on copies of the state; gradients only of what ``needs`` names."""
+    """Forward and backward on copies of the state, with gradients only of the arguments that ``needs`` names."""
     p = problem
     needs = [name for name in needs if getattr(p, name) is not None]
     # detach() keeps the strides and the memory of the argument, so the layout under test is what the op sees.
@@ -89,7 +89,7 @@ def worst_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_within(name: str, actual: Tensor, expected: Tensor, limits: Tensor, context: object = "") -> None:
-    """Every element within its limit; a NaN or an infinity is only right where it is expected."""
+    """Every element is within its limit. NaN and infinity are right only where they are expected."""
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
     wide = actual.detach().double()
     finite = expected.isfinite()
@@ -108,9 +108,10 @@ def assert_within(name: str, actual: Tensor, expected: Tensor, limits: Tensor, c
 
 
 def assert_alike(name: str, actual: Tensor, wanted: Tensor, factor: float) -> None:
-    """Of one dtype, and ``factor`` bounds of cases.py apart, relative to the largest value and at least to 1.
+    """Both have one dtype, and differ by at most ``factor`` bounds of cases.py. Integers are equal.
 
-    ``wanted`` is another implementation's result, which is as far from float64. Integers are equal.
+    The bounds are relative to the largest value, or to 1 if that is smaller. ``wanted`` is another implementation's
+    result, which itself may be as far from float64.
     """
     assert actual.dtype == wanted.dtype, f"{name} is {actual.dtype}, expected {wanted.dtype}"
     if not wanted.is_floating_point():
@@ -135,7 +136,7 @@ def check_against_oracle(
         assert actual is not None, f"{name} is None {problem}"
         of = problem.x if name == "y" else getattr(problem, name.removeprefix("grad_"))
         assert actual.dtype == of.dtype, f"{name} is {actual.dtype}, expected {of.dtype}"
-        # A variance has no cancellation: each channel is good relative to itself, whatever its neighbours hold.
+        # A variance has no cancellation, so the error of each channel is relative to its own value.
         measure = expected.abs() if name == "running_var" else truth.scales[name]
         limits = cases.limit(expected, measure, of.dtype, hard=hard)
         assert_within(name, actual, expected, limits, problem)
@@ -147,9 +148,9 @@ def check_against_oracle(
 def check_no_worse_than_torch(batch_norm: BatchNorm, draw: Callable[[], Problem]) -> None:
     """The largest error, averaged over several draws, is not above torch's own on the same tensors.
 
-    Averaged, because the error of the few sums in one draw is luck: either of two equal implementations is often twice
-    as good as the other, and of the hundred cases of a run one would be three times as good. What six draws put above,
-    they may by luck, in one of thousands of runs; a hundred have to agree.
+    It is averaged, because the error of the few sums in one draw is luck: either of two equal implementations is often
+    twice as good as the other, and in one of the hundred cases of a run three times as good. The average of six draws
+    may still be above by luck, in one of thousands of runs. So a hundred draws have to confirm it.
     """
     for draws in (6, 100):
         total: dict[str, list[float]] = {}
@@ -174,10 +175,9 @@ def check_no_worse_than_torch(batch_norm: BatchNorm, draw: Callable[[], Problem]
 
 
 def check_strides(batch_norm: BatchNorm, problem: Problem, outcome: Outcome) -> None:
-    """y and grad_x lie in memory as x does.
+    """y and grad_x have the memory layout of x.
 
-    In plain torch, as the reference is, autograd gives grad_x the strides of grad_y, and the reference is not about
-    memory; its y is still held to it.
+    The reference is plain torch, in which autograd gives grad_x the strides of grad_y. So only its y is checked.
     """
     wanted = cases.strides_that_matter(problem.x, cases.dense_strides(problem.x))
     for name in ("y",) if batch_norm is bnfused.reference.batch_norm else ("y", "grad_x"):
@@ -190,8 +190,8 @@ def check_strides(batch_norm: BatchNorm, problem: Problem, outcome: Outcome) -> 
 def check_steps(batch_norm: BatchNorm, momentum: float | None, dtype: torch.dtype = torch.float32) -> None:
     """Running statistics and the counter over five steps, from the values a module starts with.
 
-    Six rows: an update with the biased variance is a sixth too small, far outside the tolerance; so is a momentum on
-    the wrong side, and a cumulative average that counts from 0.
+    There are six rows, so an update with the biased variance is a sixth too small, far outside the tolerance. The same
+    holds for a momentum on the wrong side, and for a cumulative average that counts from 0.
     """
     channels, own = 5, cases.parameter_dtype(dtype)
     state = [torch.zeros(channels, dtype=own), torch.ones(channels, dtype=own), torch.tensor(0)]
@@ -227,7 +227,8 @@ def check_constant_channels(batch_norm: BatchNorm, problem: Problem) -> None:
 def check_nonfinite_stays(batch_norm: BatchNorm, problem: Problem, value: float, channel: int = 1) -> None:
     """One Inf or NaN in one channel leaves every other channel's values, gradients and statistics as they were.
 
-    First of its channel, or last. Trap: what an infinity calls for, done to the channels that share a vector with it.
+    It is the first value of its channel, or the last. Trap: code for infinities that also changes the channels in the
+    same vector.
     """
     clean = run(batch_norm, problem)
     others = [c for c in range(problem.x.shape[1]) if c != channel]
@@ -251,12 +252,12 @@ def check_nonfinite_stays(batch_norm: BatchNorm, problem: Problem, value: float,
 
 
 def check_mask_matches_output(batch_norm: BatchNorm, problem: Problem) -> None:
-    """ReLU passes the gradient exactly where the y it returned is above 0."""
+    """ReLU passes the gradient exactly where the returned y is above 0."""
     assert problem.activation == "relu"
     ones = torch.ones_like(problem.x)
     passed_by = "residual"
     if problem.residual is None:
-        # Frozen, so that grad_x is grad_z times a constant that is not 0.
+        # The statistics are frozen, so that grad_x is grad_z times a constant that is not 0.
         assert not problem.training
         passed_by = "x"
     outcome = run(batch_norm, problem.but(grad_y=ones))
@@ -270,7 +271,7 @@ def check_mask_matches_output(batch_norm: BatchNorm, problem: Problem) -> None:
 
 
 def tie_problem(activation: str | None, dtype: torch.dtype, *, residual: bool, param: float | None = None) -> Problem:
-    """Frozen statistics that make z exactly x (+ residual): every tie, its neighbours, and far ends."""
+    """Frozen statistics make z exactly x (+ residual). x has every tie, its neighbours, and values far away."""
     ties = torch.tensor([0.0, -0.0, 3.0, -3.0, 6.0, -6.0, 1.0, -1.0], dtype=dtype)
     info = torch.finfo(dtype)
     away = ties.abs() * info.eps + (ties == 0) * info.smallest_normal
@@ -307,8 +308,8 @@ def check_ties(batch_norm: BatchNorm, problem: Problem) -> None:
         actual = outcome.values[name]
         if actual is None:
             continue
-        # A wrong side at a tie is off by 0.1 or more. Piecewise linear ones have two roundings; exp, erf and tanh of
-        # two libraries differ in the last places of what they return, and far out that is not small against y.
+        # A wrong side at a tie is off by 0.1 or more. Piecewise linear activations have two roundings. The exp, erf and
+        # tanh of two libraries differ in the last places of their results, which far out is not small compared with y.
         eps = torch.finfo(wanted.dtype).eps
         if problem.activation in oracle.SMOOTH:
             limits = 4 * eps * z.detach().double().abs().clamp(min=1.0)
@@ -384,7 +385,7 @@ def _as_function(batch_norm: BatchNorm, p: Problem) -> tuple[Callable[..., Tenso
 
 
 def _far_from_kinks(p: Problem) -> bool:
-    """Finite differences of 1e-6 must not cross a kink; 1e-3 leaves room for how far z moves with x."""
+    """Whether finite differences of 1e-6 in x cannot cross a kink; 1e-3 leaves room for the change of z."""
     kinks = cases.KINKS.get(p.activation or "", ())
     z = oracle.before_activation(p)
     return all(bool(((z - kink).abs() > 1e-3).all()) for kink in kinks)
@@ -420,8 +421,8 @@ def check_gradient_penalty(batch_norm: BatchNorm, training: bool, through: str) 
     """A penalty on grad_x, where x reaches the loss by two paths, equals torch's own: through .backward and through
     autograd.grad.
 
-    Trap: ``once_differentiable`` raises only under .backward, and gives a wrong gradient, without a word, under
-    torch.autograd.grad when there is a second path to x.
+    Trap: ``once_differentiable`` raises only under .backward. Under torch.autograd.grad it silently gives a wrong
+    gradient when there is a second path to x.
     """
     p = _double_problem(None, False, training)
 
@@ -466,7 +467,7 @@ def check_state_kept_on_error(
     error: type[Exception] | tuple[type[Exception], ...],
     message: str,
 ) -> None:
-    """A call that must raise does, says why, and leaves the running statistics and the counter as they were."""
+    """The call raises ``error`` with ``message``, and does not change the running statistics and the counter."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     before = {n: _copy(getattr(problem, n)) for n in names}
     try:
@@ -483,7 +484,7 @@ def check_state_kept_on_error(
 
 
 def check_momentum_reads_counter(batch_norm: BatchNorm) -> None:
-    """momentum=None follows the counter tensor, also where somebody has set it between two calls.
+    """momentum=None follows the counter tensor, also if somebody has set it between two calls.
 
     Trap: a count kept on the host and passed by value.
     """
@@ -515,7 +516,7 @@ def check_settings_not_remembered(batch_norm: BatchNorm) -> None:
 
 
 def check_state_in_place(batch_norm: BatchNorm) -> None:
-    """Strided running statistics, weight and bias: read and written where they are, their neighbours left alone.
+    """Strided running statistics, weight and bias are read and written in place, and their neighbours stay.
 
     Trap: a rebound ``.data``, or a pointer taken without the stride.
     """

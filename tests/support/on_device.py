@@ -1,4 +1,4 @@
-"""batch_norm with every argument moved to a device first, and its results back: CPU tests run on a GPU as they are."""
+"""batch_norm that moves its arguments to a device and its results back, so that CPU tests run on a GPU unchanged."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-ALIGNMENT = 16  # bytes of the widest access
+ALIGNMENT = 16  # bytes; the widest access has as many
 
 
 def copy_of(t: Tensor, device: torch.device) -> Tensor:
-    """A copy of ``t`` on ``device`` with the strides of ``t``, what lies between its values, and its misalignment."""
+    """A copy of ``t`` on ``device`` with its strides, its misalignment, and the memory between its values."""
     if t.layout != torch.strided or t.numel() == 0:
         return t.to(device, copy=True)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     phase = t.data_ptr() % ALIGNMENT // t.element_size()
     buffer = torch.empty(phase + extent, dtype=t.dtype, device=device)
     buffer[phase:].copy_(t.as_strided((extent,), (1,)))
-    # No view of the buffer: what is written into the copy must be as any other tensor's to autograd.
+    # Not a view of the buffer: autograd must treat writes into the copy like those into any other tensor.
     return torch.empty(0, dtype=t.dtype, device=device).set_(buffer.untyped_storage(), phase, t.shape, t.stride())
 
 
@@ -38,16 +38,16 @@ class _Move(torch.autograd.Function):
 
 
 def move(t: Any, device: torch.device) -> Any:
-    """``t`` on ``device``. What is no tensor, or has no values to move, comes back as it is."""
+    """``t`` on ``device``. Returns ``t`` itself if it is not a tensor or has no values to move."""
     if not isinstance(t, Tensor) or t.is_meta:
         return t
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return t.to(device)  # these know nothing of _Move
+        return t.to(device)  # functorch and forward mode do not support _Move
     return _Move.apply(t, device)
 
 
 def on_device(batch_norm: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
-    """``batch_norm``, of the signature of ``bnfused.functional.batch_norm``, on ``device`` for CPU tensors."""
+    """A function of CPU tensors that runs ``batch_norm`` on ``device``; its signature is that of bnfused.functional."""
     there, here = torch.device(device), torch.device("cpu")
 
     def run(

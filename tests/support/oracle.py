@@ -1,6 +1,6 @@
-"""What is right, in float64: the formulas of the paper, torch's activations, torch's autograd.
+"""The expected results, in float64: the formulas of the paper, torch's activations, torch's autograd.
 
-Nothing here comes from bnfused. ``test_oracle.py`` holds it against ``torch.nn.functional.batch_norm`` in float64.
+Nothing here comes from bnfused. ``test_oracle.py`` compares it with ``torch.nn.functional.batch_norm`` in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from cases import Problem
+    from support.cases import Problem
 
 _ACTIVATIONS: dict[str | None, Callable[..., Tensor]] = {
     None: lambda z: z,
@@ -42,7 +42,7 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel; a second pass mends the mean where it is large against the std."""
+    """Mean and biased variance of each channel. A second pass corrects a mean that is large compared with the std."""
     dims = [0, *range(2, x.dim())]
     mean = x.mean(dims)
     mean = mean + (x - per_channel(mean, x)).mean(dims)
@@ -93,7 +93,7 @@ def torch_batch_norm(
     activation_param: float | None = None,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
-    """The same call made of torch's separate operations: what bnfused must never be less accurate than."""
+    """The same call with torch's separate operations. bnfused must never be less accurate."""
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:
@@ -106,7 +106,7 @@ def torch_batch_norm(
 
 @dataclass
 class Expected:
-    """Results in float64, and for each the scale that its error is measured against."""
+    """The results in float64, and the scale to which the error of each is relative."""
 
     values: dict[str, Tensor | None]
     scales: dict[str, float]
@@ -123,7 +123,7 @@ def finite_max(values: Tensor) -> float:
 
 
 def before_activation(problem: Problem) -> Tensor:
-    """z, the value that the activation gets."""
+    """z, the input of the activation."""
     p = problem
     tensors = [_double(t) for t in (p.x, p.running_mean, p.running_var, p.weight, p.bias, p.residual)]
     return formula(*tensors[:5], p.training, p.eps, tensors[5])
@@ -178,26 +178,26 @@ def expected(problem: Problem) -> Expected:
     values |= {"running_mean": running_mean, "running_var": running_var}
 
     scales = {name: 0.0 if v is None else finite_max(v) for name, v in values.items()}
-    # What an activation cuts away was computed with the rest: y is as good as z.
+    # An activation cuts away values, but it does not make the others more accurate: y has the error of z.
     scales["y"] = max(scales["y"], finite_max(z.detach()))
     if x.numel() and mean is not None and var is not None:
         invstd = (var + p.eps).rsqrt()
         centred = (x - per_channel(mean, x)) * per_channel(invstd, x)
         dims = [0, *range(2, x.dim())]
-        # exp and tanh saturate: what is left of a gradient there, as s * (1 - s) near s = 1, has the rounding of 1.
+        # exp and tanh saturate. A gradient there, such as s * (1 - s) near s = 1, is tiny but has the rounding of 1.
         left = 0.1 * finite_max(upstream) if p.activation in SMOOTH else 0.0
         scales["grad_residual"] = max(scales["grad_residual"], left)
-        # A sum of `rows` terms of either sign is about as large as the root of its sum of squares, and by chance can be
-        # anything smaller: an error relative to the sum itself says nothing then.
+        # A sum of `rows` terms of either sign is about as large as the root of the sum of their squares. By chance it
+        # can be much smaller, and then an error relative to the sum itself means nothing.
         terms = grad_z.abs().clamp(min=left)
         scales["grad_bias"] = max(scales["grad_bias"], finite_max(terms.square().sum(dims).sqrt()))
         terms = terms * centred
         scales["grad_weight"] = max(scales["grad_weight"], finite_max(terms.square().sum(dims).sqrt()))
-        # A mean counts in units of the standard deviation: that is how it enters y.
+        # The error of a mean is relative to the standard deviation, because y has the mean in these units.
         if p.training:
             scales["running_mean"] = max(scales["running_mean"], factor * finite_max(var.sqrt()))
-        # With few rows the three terms of grad_x cancel nearly or (two rows) wholly, and so they do where grad_z is the
-        # same all over a channel: measured against one of them.
+        # The three terms of grad_x nearly cancel if there are few rows (with two they cancel wholly), or if grad_z is
+        # the same in the whole channel. Then the error is relative to one of the terms.
         gain = invstd if p.weight is None else invstd * p.weight.detach().double().abs()
         first = grad_z[(slice(0, 1), slice(None), *[slice(0, 1)] * (x.dim() - 2))]
         cancels = (grad_z == first).all(dims) | (p.rows < 16)

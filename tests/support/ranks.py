@@ -1,4 +1,4 @@
-"""Real processes that form a process group on Gloo, and run what a test sends them."""
+"""Real processes that form a process group on Gloo, and run the functions that a test sends them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 import bnfused
 
-# How long a rank waits for another: far more than a loaded machine takes, since only what is broken waits so long.
+# How long a rank waits for another. It is far more than a loaded machine needs, because only broken code waits so long.
 PATIENCE = timedelta(seconds=120)
 
 
 class Failure:
-    """An exception of a rank: its type's name, its message, and where it came from."""
+    """An exception in a rank: the name of its type, its message, and its traceback."""
 
     def __init__(self, error: BaseException):
         self.type, self.message = type(error).__name__, str(error)
@@ -34,7 +34,7 @@ class Failure:
 
 
 class Ranks:
-    """``world`` processes. They are spawned once, since each takes seconds to import torch, and run many cases."""
+    """``world`` processes. Each takes seconds to import torch, so they are spawned once and run many cases."""
 
     def __init__(self, world: int):
         context = multiprocessing.get_context("spawn")
@@ -51,7 +51,7 @@ class Ranks:
             theirs.close()
 
     def outcomes(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """``function(*arguments[rank])`` on the first ``len(arguments)`` ranks: what it returned, or the Failure."""
+        """Runs ``function(*arguments[rank])`` on the first ``len(arguments)`` ranks: its result or Failure on each."""
         pipes = self._pipes[: len(arguments)]
         for pipe, of_rank in zip(pipes, arguments, strict=True):
             pipe.send_bytes(pickle.dumps((function, of_rank)))
@@ -65,7 +65,7 @@ class Ranks:
         return results
 
     def run(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The same, where none may fail."""
+        """The same, but no rank may fail."""
         results = self.outcomes(function, arguments)
         failures = [f"rank {rank}: {r}" for rank, r in enumerate(results) if isinstance(r, Failure)]
         assert not failures, "\n".join(failures)
@@ -86,7 +86,7 @@ _groups: dict[int | str, Any] = {}
 
 
 def group_of(size: int | str) -> Any:
-    """The group of the first ``size`` ranks; or all of them as a hierarchy of two in a node, ``"2x2"``."""
+    """The group of the first ``size`` ranks. ``"2x2"`` is all four as a hierarchy, with two in a node."""
     return _groups[size]
 
 
@@ -106,6 +106,6 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
                 result = Failure(error)
             pipe.send_bytes(pickle.dumps(result))
     dist.destroy_process_group()
-    # Threads of Gloo and of DDP may still hold Python objects. One that asks for the interpreter while it shuts down is
-    # ended in the middle of C++, which calls std::terminate ("terminate called without an active exception").
+    # Threads of Gloo and DDP may still hold Python objects. If such a thread asks for the interpreter while that shuts
+    # down, it ends in the middle of C++, which calls std::terminate ("terminate called without an active exception").
     os._exit(0)

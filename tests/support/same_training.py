@@ -1,4 +1,4 @@
-"""A network and its converted twin, step by step: losses, gradients, running statistics, outputs in eval."""
+"""Compares the training of a network and its converted copy: losses, gradients, running statistics, eval outputs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from bnfused import functional
 
-# In float64 two right implementations differ by rounding, 1e-16 in each operation, which the network amplifies: 1e-10
-# was the most that was seen. A wrong activation, a lost add or a statistic that is not updated is off by 1e-2 or more.
+# In float64 two right implementations differ by rounding, 1e-16 in each operation, which the network amplifies. The
+# largest difference seen was 1e-10. A wrong activation, a lost add or a stale statistic is off by 1e-2 or more.
 TOLERANCE = 1e-6
 
 
 def _outputs(value: object) -> list[Tensor]:
-    """The tensors that a network returns, in whatever structure."""
+    """The tensors that a network returns, from nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -28,7 +28,7 @@ def _outputs(value: object) -> list[Tensor]:
 
 
 def loss_and_gradients(model: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """A random projection of the outputs, and its gradient for each parameter; ``seed`` is for dropout as well."""
+    """A random projection of the outputs, and its gradient for each parameter; ``seed`` also seeds dropout."""
     model.zero_grad()
     torch.manual_seed(seed)
     outputs = _outputs(model(x))
@@ -59,21 +59,21 @@ def largest(tensor: Tensor) -> float:
 
 
 def assert_same_training(converted: nn.Module, original: nn.Module, x: Tensor, steps: int = 2) -> None:
-    """Both take the same steps from the same state; then both are compared in eval."""
+    """Both models take the same steps from the same state, and then have the same outputs in eval."""
     for number in range(steps):
         loss, gradients = step(converted, x, seed=number)
         wanted_loss, wanted = step(original, x, seed=number)
         assert_near(f"loss of step {number}", loss, wanted_loss, largest(wanted_loss))
         assert gradients.keys() == wanted.keys()
-        # A bias whose effect the next batch norm removes has the gradient zero, computed as a sum of terms that cancel:
-        # what it may be off by is set by the other gradients.
+        # If the next batch norm removes the effect of a bias, its gradient is zero, computed as a sum of terms that
+        # cancel. The other gradients set how far it may be off.
         floor = 1e-3 * max(map(largest, wanted.values()))
         for name, gradient in wanted.items():
             assert_near(f"gradient of {name}", gradients[name], gradient, max(largest(gradient), floor))
     buffers = dict(original.named_buffers())
     for name, buffer in converted.named_buffers():
         scale = largest(buffers[name])
-        if name.endswith("running_mean"):  # its unit is the standard deviation; it may itself be zero
+        if name.endswith("running_mean"):  # it may be zero, so it is relative to the standard deviation
             scale = max(scale, largest(buffers[name.replace("running_mean", "running_var")]) ** 0.5)
         assert_near(name, buffer, buffers[name], scale)
     assert_same_outputs(converted.eval(), original.eval(), x)

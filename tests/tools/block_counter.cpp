@@ -1,5 +1,5 @@
-// What g++ calls at every basic block under -fsanitize-coverage=trace-pc: counts the blocks of the extension that any
-// call has reached so far, for tests/tools/fuzz.py.
+// Counts the basic blocks of the extension that any call has reached so far, for tests/tools/fuzz.py. g++ calls the
+// function below at every basic block under -fsanitize-coverage=trace-pc.
 #include <cstddef>
 #include <cstdint>
 
@@ -8,13 +8,13 @@ extern "C" const char __ehdr_start[] __attribute__((visibility("hidden")));
 
 namespace {
 constexpr size_t kCodeBytes = size_t{1} << 26;  // more than the extension has; untouched pages take no memory
-bool reached[kCodeBytes];                       // by the distance of a block from the beginning
+bool reached[kCodeBytes];                       // index: the distance of a block from the beginning
 size_t count;
 }  // namespace
 
 extern "C" {
 
-// Builtins: a function of the standard library would be counted, and so would call this one.
+// Uses builtins. A function of the standard library would be counted, and so would call this function.
 __attribute__((no_sanitize_coverage)) void __sanitizer_cov_trace_pc() {
   const auto at = reinterpret_cast<uintptr_t>(__builtin_return_address(0)) - reinterpret_cast<uintptr_t>(__ehdr_start);
   if (at >= kCodeBytes || __atomic_load_n(&reached[at], __ATOMIC_RELAXED)) return;

@@ -1,14 +1,14 @@
-"""The faults of ``mutate.py`` that no test can see, and why: with them the kernels still do what they should."""
+"""The faults of ``mutate.py`` that no test can see, because the kernels are still right with them; and the reasons."""
 
 _SAME = {
-    "of two equal numbers either will do": """
+    "the two numbers are equal, and either is right": """
         accumulators.cuh: <= off by one: squares <= FLT_MAX
         accumulators.cuh: < off by one: m2 < 0
         batch_norm_gather_stats.cuh: > off by one: all.count > 1
         pointwise.cuh: < off by one: z < low
         sweep.cuh: < off by one: s.units - begin < s.units_per_block
     """,
-    "of zero either makes zero": """
+    "both branches make zero of zero": """
         pointwise.cuh: <= off by one: z[k] <= 0
         pointwise.cuh: > off by one: z > 0
         pointwise.cuh: > off by one: z > 0 (again, 1)
@@ -93,5 +93,5 @@ _SAME = {
         batch_norm_stats.cuh: > off by one: pass > 0
     """,
 }
-# The reason of each fault.
+# From each fault to its reason.
 EQUIVALENT = {fault.strip(): why for why, faults in _SAME.items() for fault in faults.strip().splitlines()}

@@ -1,7 +1,7 @@
-"""One small call of every CUDA kernel, for compute-sanitizer, under which all of the tests would take hours.
+"""One small call of every CUDA kernel, for compute-sanitizer, under which the tests would take hours.
 
-Nothing is compared here: what is wrong with a memory access or a barrier, the tool says. ``--seconds`` ends it early,
-after as many tensors as there was time for.
+No results are compared here: the tool reports faulty memory accesses and barriers. ``--seconds`` sets the time after
+which no further tensor is begun.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from bnfused import functional, parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-# The values of a channel are few, or many, or too many for a cluster; rows and planes of whole units of 8, and of odd
-# sizes. Two launches have masked planes of 63 x 65, and rows whose copies of a channel lie in more blocks than a GPU
-# has room for at once.
+# A channel has few values, many, or too many for a cluster. Rows and planes have whole units of 8, or odd sizes. The
+# masked planes of 63 x 65 take two launches, and so do the rows with copies of a channel in more blocks than a GPU has
+# room for at once.
 SHAPES = (
     *((4, 16, 8, 8), (3, 5, 7, 7), (0, 4, 2, 2), (16, 6, 64, 65), (16, 6, 63, 65), (2, 1, 512, 512)),
     *((3000, 65), (20000, 16), (24, 20011)),
@@ -30,7 +30,7 @@ FUSIONS = ((None, False), ("relu", False), ("relu", True), ("silu", True))
 
 
 def placed(shape: tuple[int, ...], dtype: torch.dtype, device: str, place: torch.memory_format | str) -> Tensor:
-    """Random values in a layout, or from an address on that is no multiple of 16."""
+    """Random values in a memory format, or at an address that is not a multiple of 16."""
     values = torch.randn(torch.Size(shape).numel() + 1, device=device).to(dtype)
     if isinstance(place, str):
         return values[1:].view(shape)
@@ -38,7 +38,7 @@ def placed(shape: tuple[int, ...], dtype: torch.dtype, device: str, place: torch
 
 
 def step(x: Tensor) -> None:
-    """Training, frozen and eval of every fusion, and the parts of a batch norm over processes."""
+    """Runs training, frozen and eval with every fusion, and the parts of a batch norm over processes."""
     own = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias, mean, var = (torch.rand(x.shape[1], device=x.device, dtype=own) + 0.5 for _ in range(4))
     count = torch.zeros((), dtype=torch.long, device=x.device)
@@ -46,7 +46,7 @@ def step(x: Tensor) -> None:
         leaves = [t.detach().requires_grad_() for t in (x, weight, bias, *([x.clone()] if fused else []))]
         residual = leaves[3] if fused else None
         for training in (True, False):
-            # Frozen, and without gradients of the parameters in half of it: what sums, and what has nothing to sum.
+            # Half of the frozen calls need no gradients of the parameters. So kernels run with and without sums.
             of_parameters = training or fused
             wanted = leaves if of_parameters else leaves[:1]
             y = functional.batch_norm(
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{number + 1}/{len(tensors)}: {tuple(shape)} {dtype} {place}", flush=True)
         step(placed(shape, dtype, options.device, place))
         if options.device == "cuda":
-            torch.cuda.synchronize()  # an error is then this tensor's
+            torch.cuda.synchronize()  # so that an error belongs to this tensor
     return 0
 
 

@@ -1,6 +1,6 @@
 """Finds the places of a CUDA kernel where ``mutate.py`` plants a fault, by the tokens of its text.
 
-The text is what clang-format leaves: an operator has a space on either side, and the bracket of a template has not.
+It relies on clang-format: an operator has a space on each side, and the bracket of a template does not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ TOKEN = re.compile(r"::|->|<<|>>|&&|\|\||[<>=!]=|[-+*/%&|^]=|\+\+|--|\w+|\S")
 OPENING, CLOSING = "([{", ")]}"
 STATEMENT_ENDS = {",", ";", "=", "+=", "-=", "*=", "|=", "return", "?", ":"}
 COMPARISONS = {"<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
-# A type and a name; a statement of one word; what is swept elsewhere, or declares.
+# Statements without an expression to leave out: a type and a name, one word, declarations. And those that other tests
+# drop: barriers, fences, waits.
 NO_EXPRESSION = re.compile(
     r"(return|using|case|typename|template|else|const|static_assert)\b|(break|continue)\W|"
     r"[\w:]+(<[\w:<>, *&]*>)?[*&]*\s+[*&]*\w"
@@ -27,7 +28,7 @@ class Fault:
     line: int
     what: str
     text: str
-    occurrence: int  # of the same in this file
+    occurrence: int  # counts faults with the same text in this file
 
     def __str__(self) -> str:
         again = f" (again, {self.occurrence})" if self.occurrence else ""
@@ -35,15 +36,16 @@ class Fault:
 
 
 class Planter:
-    """Finds the faults of one file, and writes the file with all of them behind switches."""
+    """Finds the places for faults in one file, and writes the file with all faults behind switches."""
 
     def __init__(self, file: str, source: str, first: int):
         self.file, self.source, self.first = file, source, first
         self.faults: list[Fault] = []
-        # Of each the length, negative; whether it is inside of others as long; where it is; what is before and after.
+        # For each edit: its negative length; whether it is inside of others of the same length; its begin and end; the
+        # text to insert before and after.
         self.edits: list[tuple[int, bool, int, int, str, str]] = []
-        self.commas: list[tuple[int, int]] = []  # instead of comparisons
-        # Comments and directives as blanks, so that places stay what they are.
+        self.commas: list[tuple[int, int]] = []  # the places of comparisons that become commas
+        # Comments and directives become blanks, so that positions stay the same.
         self.code = re.sub(r"//.*|^#(.*\\\n)*.*", lambda m: re.sub(r"[^\n]", " ", m[0]), source, flags=re.MULTILINE)
         found = list(TOKEN.finditer(self.code))
         self.tokens, self.starts, self.ends = (
@@ -63,7 +65,7 @@ class Planter:
 
     def find(self) -> None:
         headers: set[int] = set()  # tokens of the heads of loops
-        fixed: set[int] = set()  # where values have to be known when compiling
+        fixed: set[int] = set()  # tokens of constant expressions
         statement_begins = {0}
         for at, token in enumerate(self.tokens):
             if token in ("if", "for", "while", "switch") and self.tokens[at + 1] == "(":
@@ -97,7 +99,7 @@ class Planter:
             elif token in ("&&", "||") and spaced.isspace():
                 left, right = self.reach(at, STATEMENT_ENDS | {"&&", "||"})
                 operands = [(at + 1, right)]
-                if self.tokens[left - 1] != token:  # else it is the right one of another
+                if self.tokens[left - 1] != token:  # otherwise it is the right operand of the operator before
                     operands.append((left, at - 1))
                 for operand in operands:
                     if self.is_constant(*operand):
@@ -122,14 +124,14 @@ class Planter:
         return left + 1, right - 1
 
     def is_constant(self, left: int, right: int) -> bool:
-        """Known when compiling."""
+        """Whether the operand is one constant, such as kUnit, which the compiler knows."""
         return (
             right - left in (0, 2)
             and re.fullmatch(r"(\w+::)?k[A-Z]\w*", "".join(self.tokens[left : right + 1])) is not None
         )
 
     def is_choice(self, left: int, at: int, right: int) -> bool:
-        """Of the smaller or the larger of two: of equal ones it does not matter which."""
+        """Whether the comparison chooses the smaller or the larger of two, where equality does not matter."""
         first, second = ("".join(self.tokens[i : j + 1]) for i, j in ((left, at - 1), (at + 1, right)))
         behind = (
             "".join(self.tokens[right + 1 : right + 2 + 2 * (right - left + 4)]).replace("int(", "").replace(")", "")
@@ -155,7 +157,7 @@ class Planter:
         self.edit(at, end, f"{{ if (!planted({self.fault(at, end, 'missing')})) {{ ", " } }")
 
     def fault(self, left: int, right: int, what: str) -> int:
-        """A new one; its number."""
+        """Adds a fault and returns its number."""
         text = " ".join(self.source[self.starts[left] : self.ends[right]].split())
         line = self.source.count("\n", 0, self.starts[left]) + 1
         same = sum(f.what == what and f.text == text for f in self.faults)
@@ -167,13 +169,13 @@ class Planter:
         self.edits.append((start - end, inner, start, end, before, after))
 
     def text(self) -> str:
-        """The file with a switch for each fault, line by line where it was."""
+        """The file with a switch for each fault. Every line keeps its number."""
         source = self.source
         for start, end in self.commas:
             source = source[:start] + ",".ljust(end - start) + source[end:]
         opened: dict[int, str] = {}
         closed: dict[int, str] = {}
-        for *_, start, end, before, after in sorted(self.edits, key=lambda edit: edit[:2]):  # the outer ones first
+        for *_, start, end, before, after in sorted(self.edits, key=lambda edit: edit[:2]):  # outer edits first
             opened[start] = opened.get(start, "") + before
             closed[end] = after + closed.get(end, "")
         places = sorted({0, *opened, *closed, len(source)})

@@ -1,9 +1,9 @@
 """Random calls against torch, guided by the code that they reach: ``make fuzz``, or ``python -m tools.fuzz`` in tests/.
 
-A call is decoded from a string of bytes; a string that reaches a basic block that none before it has is kept, and
-mutated further. Without the instrumented build of instrumented.py nothing tells of blocks, and every call is a fresh
-one. In each call either ours and torch's raise, and then our running statistics and counter are as they were, or
-neither does, and then values, gradients, statistics, dtypes and strides are those of float64.
+A call is decoded from a string of bytes. If a string reaches a basic block that no string before it has reached, it is
+kept and mutated further. Only the build of instrumented.py counts blocks; with another build, every call is a fresh
+one. In each call, either both ours and torch's raise, and our running statistics and counter stay; or neither raises,
+and values, gradients, statistics, dtypes and strides agree with float64.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ T = TypeVar("T")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STATE = ("running_mean", "running_var", "num_batches_tracked")
-# Raised by a call that is refused; anything else is a bug of whoever raises it.
+# The errors that refuse a call. Any other error is a bug.
 REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
-# From 32768 values on the work is split over threads, and past as many of a channel or 524 rows there is more than one
-# block (csrc/cpu/tuning.h); more than this adds nothing but time.
+# From 32768 values on, the work is split over threads. Above 32768 values of a channel, or 524 rows, there is more than
+# one block (csrc/cpu/tuning.h). More values than this only take more time.
 MAX_VALUES = 2**17
 BYTES = 80  # about as many decisions as a call has
 
 
 class Choices:
-    """A string of bytes as a sequence of decisions; past its end each is the first one offered."""
+    """A string of bytes as a sequence of decisions. After its end, each decision is the first option."""
 
     def __init__(self, data: bytes):
         self.data = data
@@ -56,7 +56,7 @@ class Choices:
 
 
 def decode(data: bytes) -> tuple[Problem, list[str], int]:
-    """Arguments of one call, most of them right; which of them want a gradient; the number of threads."""
+    """The arguments of one call, most of them valid; which of them need a gradient; the number of threads."""
     c = Choices(data)
     shape = shape_of(c)
     dtype = c.of(DTYPES)
@@ -112,7 +112,7 @@ def decode(data: bytes) -> tuple[Problem, list[str], int]:
 
 
 def shape_of(c: Choices) -> list[int]:
-    """Any rank; mostly short sides, now and then a long or an empty one."""
+    """Any rank. Most sides are short; sometimes one is long or empty."""
     rank = c.of((4, 3, 2, 5, 6))
     shape = [c.of((2, 3, 1, 4, 7)) for _ in range(rank)]
     shape[1] = c.of((3, 1, 2, 8, 16, 17, 33, 64, 72))
@@ -123,12 +123,12 @@ def shape_of(c: Choices) -> list[int]:
     if c.rarely():
         shape[c.number(rank)] = 0
     while math.prod(shape) > MAX_VALUES:
-        shape[sorted(range(rank), key=shape.__getitem__)[-2]] //= 2  # the longest side is the one that was asked for
+        shape[sorted(range(rank), key=shape.__getitem__)[-2]] //= 2  # the longest side was chosen on purpose
     return shape
 
 
 def refusal(batch_norm: checks.BatchNorm, problem: Problem) -> Exception | None:
-    """What a forward raises; the statistics and the counter of the problem stay."""
+    """The error of a forward, or None. It must not change the statistics and the counter."""
     copies = {name: checks._copy(getattr(problem, name)) for name in STATE}
     try:
         checks.call(batch_norm, problem, **copies)
@@ -142,25 +142,25 @@ def refusal(batch_norm: checks.BatchNorm, problem: Problem) -> Exception | None:
 
 
 def refuses_more(error: Exception) -> bool:
-    """What torch lets through and ours refuses, as docs/support.md says: an error that names what was wanted."""
+    """Whether torch takes such a call and ours refuses it, as docs/support.md says, with an error that says why."""
     wanted = (
         "expected residual",  # would broadcast, or promote
         "expected weight of",  # torch takes more mixtures of dtypes
         "expected bias of",
         "expected running_mean of",
         "expected running_var of",
-        "when not training, got None",  # torch asks for them too, but where x is empty
+        "when not training, got None",  # torch needs them too, except if x is empty
     )
     return any(text in str(error) for text in wanted)
 
 
 def takes_more(problem: Problem, error: Exception) -> bool:
-    """What torch refuses and ours computes: each parameter may be absent, and has a dtype, for itself."""
+    """Whether torch refuses such a call and ours takes it: each parameter has its own dtype, or is absent."""
     texts = (
         *("mixed dtype", "expected scalar type", "needs_dynamic_casting", "must either both be None"),
         "eps must be positive, but got 0.0",  # torch 2.11, in eval too
     )
-    # Of no channels torch reads the first all the same.
+    # Without channels torch still reads the first one.
     return any(text in str(error) for text in texts) or problem.x.shape[1] == 0
 
 
@@ -176,7 +176,7 @@ def run(data: bytes) -> None:
 
 
 def compare(problem: Problem, needs: list[str]) -> None:
-    """AssertionError where ours and torch's differ."""
+    """Raises AssertionError if ours and torch's differ."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours, theirs = (refusal(f, problem) for f in (functional.batch_norm, oracle.torch_batch_norm))
@@ -192,7 +192,7 @@ def compare(problem: Problem, needs: list[str]) -> None:
 
 
 def all_finite(problem: Problem) -> bool:
-    """Whether every argument is a number, and every result in the range of its dtype."""
+    """Whether all arguments are finite, and all results are in the range of their dtypes."""
     tensors = [value for value in vars(problem).values() if isinstance(value, Tensor)]
     if problem.eps == 0 or not all(bool(t.isfinite().all()) for t in tensors):
         return False
@@ -204,11 +204,11 @@ def all_finite(problem: Problem) -> bool:
 
 
 def check_nonfinite(problem: Problem, needs: list[str]) -> None:
-    """Finite where both torch and the formula are, within the usual limits, and not where neither is.
+    """Where torch and the formula are finite, ours is within the usual limits. Where neither is, ours is not finite.
 
-    Where torch is not of one mind nothing is compared: a parameter or a statistic that is not finite, of which the
-    order of the operations makes this or that, another one for another layout; and the derivative of an activation at
-    what is not finite, which is one thing in torch's vectors and another in the rest.
+    Nothing is compared where torch's own results vary. With a parameter or a statistic that is not finite, they depend
+    on the order of the operations, which depends on the layout. The derivative of an activation at a value that is not
+    finite depends on whether torch computes it in a vector.
     """
     truth = oracle.expected(problem)
     ours, theirs = (checks.run(f, problem, needs).values for f in (functional.batch_norm, oracle.torch_batch_norm))
@@ -219,7 +219,7 @@ def check_nonfinite(problem: Problem, needs: list[str]) -> None:
     differentiable = settled
     if problem.activation is not None:
         differentiable = settled & oracle.before_activation(problem).isfinite()
-        if problem.training:  # sums over the channel reach all of it
+        if problem.training:  # sums over the channel spread it to the whole channel
             differentiable = oracle.per_channel(differentiable.all(dims), problem.x).expand_as(problem.x)
     for name, value in ours.items():
         expected = truth.values[name]
@@ -233,7 +233,7 @@ def check_nonfinite(problem: Problem, needs: list[str]) -> None:
 
 
 class Coverage:
-    """How many basic blocks of the extension have been reached, where it is the instrumented one that is loaded."""
+    """How many basic blocks of the extension have been reached, if the instrumented extension is loaded."""
 
     def __init__(self) -> None:
         module = _extension._module
@@ -249,7 +249,7 @@ class Coverage:
 
 
 def mutate(data: bytes, source: random.Random) -> bytes:
-    """A few bytes changed, added or taken out."""
+    """``data`` with a few bytes changed, added or removed."""
     result = bytearray(data)
     for _ in range(source.randint(1, 4)):
         at = source.randrange(len(result) + 1)
@@ -264,7 +264,7 @@ def mutate(data: bytes, source: random.Random) -> bytes:
 
 
 def failure(data: bytes) -> str | None:
-    """What is wrong with a call, without the numbers; None where nothing is."""
+    """The failure of a call, without its numbers; None if it has none."""
     try:
         run(data)
     except AssertionError as error:
@@ -273,7 +273,7 @@ def failure(data: bytes) -> str | None:
 
 
 def shrink(data: bytes) -> bytes:
-    """A call that fails in the same way, with every byte set to 0, the usual choice, that does not matter for that."""
+    """A call that fails in the same way, with each byte set to 0, the default, if it does not matter for that."""
     kind = failure(data)
     for at in range(len(data)):
         smaller = data[:at] + b"\0" + data[at + 1 :]

@@ -1,8 +1,8 @@
 """The CPU extension under AddressSanitizer, UndefinedBehaviorSanitizer and a count of the basic blocks reached.
 
-``python -m tools.instrumented pytest ARGUMENTS...`` runs tests with it, ``... fuzz ARGUMENTS...`` runs fuzz.py. It is
-built in ``build/instrumented``, beside links to the package's Python; a process that uses it loads the sanitizers'
-runtime first, and ends at the first report.
+``python -m tools.instrumented pytest ARGUMENTS...`` runs tests with it, and ``... fuzz ARGUMENTS...`` runs fuzz.py. It
+is built in ``build/instrumented``, next to links to the package's Python. A process that uses it loads the runtime of
+the sanitizers first, and ends at the first report.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "instrumented"
 
-# -O1 comes after setup.py's -O3, and AddressSanitizer calls a function at each access: inlined, its checks make the
-# loops four times as long to compile. So do the checks of UndefinedBehaviorSanitizer that come with each access, which
-# are left to AddressSanitizer. vptr wants the type information that torch hides.
+# -O1 overrides setup.py's -O3. AddressSanitizer calls a function at each access, because with inlined checks the loops
+# take four times as long to compile. So they would with UndefinedBehaviorSanitizer's checks of each access, which are
+# left to AddressSanitizer. vptr needs type information that torch hides.
 FLAGS = (
     "-O1",
     "-g0",
@@ -37,7 +37,7 @@ setup.main()
 
 
 def build() -> None:
-    """Compile what changed, and link the package's modules beside the result."""
+    """Compiles what changed, and puts links to the package's modules next to the result."""
     package = FOLDER / "bnfused"
     package.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", BUILD, "build_ext"]
@@ -54,17 +54,18 @@ def build() -> None:
 
 
 def runtime(library: str) -> str:
-    """Where the compiler has a library."""
+    """The path of a library of the compiler."""
     return subprocess.run(
         ["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
 def run(script: str, arguments: list[str], capability: str) -> int:
-    """A Python program that finds the instrumented package first."""
+    """Runs a Python program that finds the instrumented package first."""
     environment = os.environ | {
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')} {runtime('libstdc++.so')}",
-        # Python frees little before it exits. New memory is NaN in every dtype, so that reading it shows.
+        # No leak detection, because Python frees little before it exits. New memory is NaN in every dtype, so that
+        # reading it shows.
         "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1048576:malloc_fill_byte=255",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "ATEN_CPU_CAPABILITY": capability,
@@ -89,7 +90,7 @@ def main(arguments: list[str]) -> int:
     build()
     if arguments[0] == "fuzz":
         return run(SCRIPTS["fuzz"], arguments[1:], os.environ.get("ATEN_CPU_CAPABILITY", ""))
-    # Each set of loops; one that this machine does not have falls back to a lesser one.
+    # Runs every instruction set's loops. One that this machine does not have falls back to a smaller one.
     return max(run(SCRIPTS["pytest"], arguments[1:], capability) for capability in ("default", "avx2", ""))
 
 

@@ -1,15 +1,15 @@
-"""Plants small faults in the CUDA kernels, one at a time, and says which test of the emulated device fails for each.
+"""Plants small faults in the CUDA kernels, one at a time, and says which test of the emulated device finds each.
 
     make mutate                                  all of csrc/kernels
     make mutate ARGS="layout.cuh pack.cuh"       these files
 
-A fault is: a condition that is always or never true, an operand of && or || that is left out, a comparison that is off
-by one (< for <=), a statement that is missing. Barriers and fences are left out: test_emulated_kernels.py drops those.
+A fault is one of these: a condition is always or never true, an operand of && or || is left out, a comparison is off
+by one (< for <=), a statement is missing. It leaves out barriers and fences, which test_emulated_kernels.py drops.
 
-All faults are compiled at once, each behind a switch, into a copy of the tree below build/; a run of the tests that
-notes which switches each of them comes by says which tests a fault concerns. Then a process is forked for each fault,
-which turns it on and runs those tests until one fails. What was killed stays killed until its file changes; survivors
-are tried again. It ends with an error if a fault survives that is not in ``equivalent_faults.py``.
+All faults are compiled at once, each behind a switch, into a copy of the tree below build/. One run of the tests
+records which switches each test reaches, and so which tests a fault concerns. Then a forked process for each fault
+turns it on and runs these tests until one fails. A fault that was found is not tried again until its file changes;
+survivors are. The end is an error if a fault survives that is not in ``equivalent_faults.py``.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutate"
 TREE = WORK / "tree"
 RESULTS = WORK / "results.json"
-MEASURED = WORK / "measured.jsonl"  # a version, then a test in each line, its seconds, and the faults that it comes by
+MEASURED = WORK / "measured.jsonl"  # a version; then per line a test, its seconds, its faults
 KERNELS = Path("csrc") / "kernels"
-NOT_HERE = {"platform.cuh"}  # what nvcc sees of it, g++ does not
+NOT_HERE = {"platform.cuh"}  # g++ does not compile its code for nvcc
 TESTS = (
     "kernels/test_emulated_kernels.py",
     *(
@@ -54,13 +54,13 @@ TESTS = (
         for name in ("functional", "numerics", "parts", "errors", "autograd", "properties", "torch_samples")
     ),
 )
-# They look at the source, are sweeps themselves, or are about the threads of a CPU, with tensors that take long.
+# These tests read the source, are sweeps themselves, or test CPU threads with tensors that take long.
 LEFT_OUT = re.compile(r"test_(every_(barrier|kernel)|\w*threads|concurrent)")
-# These run programs, which come by faults unseen.
+# These tests run programs, so nothing records which faults they reach.
 RUNS_PROGRAMS = re.compile(r"::test_(results_do_not_depend_on_the_schedule|no_races|no_stray_accesses)")
 PROGRAMS = ("run_launchers", "run_launchers-thread", "run_launchers-address")
-SECONDS_AT_FIRST = 8  # of tests for a fault, where it is not known yet that they do not suffice
-SECONDS_OF_A_TEST = 20  # of the CPU, and then it hangs; programs have a limit of their own
+SECONDS_AT_FIRST = 8  # of tests for a fault that has not survived these yet
+SECONDS_OF_A_TEST = 20  # CPU time after which a test counts as hanging; programs have their own limit
 
 SWITCHES = """
 #pragma once
@@ -82,7 +82,7 @@ template <class L, class R> bool ge(int i, L l, R r) { return planted(i) ? l > r
 
 
 def plant() -> list[Fault]:
-    """Writes the copy of the tree with every fault in it."""
+    """Writes a copy of the tree that has every fault."""
     for folder in ("bnfused", "csrc", "tests"):
         shutil.copytree(ROOT / folder, TREE / folder, dirs_exist_ok=True, ignore=not_twice)
     shutil.copy2(ROOT / "pyproject.toml", TREE)
@@ -97,7 +97,7 @@ def plant() -> list[Fault]:
 
 
 def not_twice(folder: str, names: list[str]) -> list[str]:
-    """What is not to be copied. The kernels are written, only where they change: ninja compares times."""
+    """The names that are not copied. plant() writes the kernels, and only those that change: ninja compares times."""
     kernels = [name for name in names if name.endswith(".cuh") and name not in NOT_HERE]
     return [*kernels, "__pycache__", "faults.py", "equivalent_faults.py", "mutate.py", "test_mutate.py"]
 
@@ -111,7 +111,7 @@ def write(file: Path, text: str) -> None:
 
 
 class Sweep:
-    """A plugin of pytest that runs the tests once, to see what each of them comes by, and then again for each fault."""
+    """A pytest plugin that runs the tests once, to see which faults each reaches, and then again for each fault."""
 
     def __init__(self, faults: list[Fault], files: list[str], jobs: int):
         self.faults, self.jobs = faults, jobs
@@ -142,13 +142,13 @@ class Sweep:
         self.met = (ctypes.c_bool * len(self.faults)).in_dll(library, "bnfused_met")
         self.items = {item.nodeid: item for item in session.items}
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, auto_refresh=False) as bar:  # no thread of its own, whose locks a fork would copy
+        with Progress(*columns, auto_refresh=False) as bar:  # no thread, because a fork would copy its locks
             self.measure(bar)
             self.sweep(bar)
         return True
 
     def run(self, test: str) -> bool:
-        """Whether it passes; in a process of its own."""
+        """Whether ``test`` passes. It is called in a process of its own."""
         signal.setitimer(signal.ITIMER_PROF, SECONDS_OF_A_TEST)
         item = self.items[test]
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
@@ -157,7 +157,7 @@ class Sweep:
     def in_turns(
         self, bar: Progress, work: Callable[[Any], int], todo: list[Any], done: Callable[[Any, int], None]
     ) -> None:
-        """``done(it, status)`` of each, when ``work(it)`` has ended in a silent process: so many at once."""
+        """Runs ``work(it)`` in silent processes, ``jobs`` at once; calls ``done(it, status)`` at the end of each."""
         running: dict[int, Any] = {}
         todo = todo[::-1]
         try:
@@ -178,7 +178,7 @@ class Sweep:
                             os._exit(status)
                 else:
                     pid, status = os.wait()
-                    end_group(pid)  # a program that hangs
+                    end_group(pid)  # programs that still hang
                     done(running.pop(pid), status)
                     bar.refresh()
         finally:
@@ -186,7 +186,7 @@ class Sweep:
                 end_group(pid)
 
     def measure(self, bar: Progress) -> None:
-        """Of each test the seconds, and the faults that it comes by; known ones are those of the same files."""
+        """Measures the seconds of each test and the faults that it reaches, unless they are known for these files."""
         version = hashlib.sha256()
         for file in sorted(TREE.rglob("*")):
             if file.suffix in (".py", ".cuh", ".cu", ".h", ".cpp", ".so"):
@@ -216,7 +216,7 @@ class Sweep:
 
         left = [test for test in self.items if test not in measured]
         self.in_turns(bar, work, [left[i : i + 50] for i in range(0, len(left), 50)], done)
-        gc.freeze()  # what is here stays, and need not be copied for each process
+        gc.freeze()  # so that collections do not touch, and copy, these objects in each process
         self.concerned: list[list[str]] = [[] for _ in self.faults]
         for test, seconds, met in map(json.loads, MEASURED.read_text().splitlines()[1:]):
             if test not in self.items:
@@ -226,7 +226,7 @@ class Sweep:
                 self.concerned[i].append(test)
 
     def sweep(self, bar: Progress) -> None:
-        """Every fault meets the tests that are likely to find it; those that nothing finds then meet all."""
+        """Runs the tests that are likely to find each fault, and then all tests for the faults that survive."""
         texts = {file.name: file.read_bytes() for file in (ROOT / KERNELS).glob("*.cuh")}
         version = {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
         found = Counter(result["by"] for result in self.results.values())
@@ -238,7 +238,7 @@ class Sweep:
 
         def work(i: int) -> int:
             by = self.results.get(str(self.faults[i]), {}).get("by")
-            # First what has found it before, then what is quick and has found much.
+            # First the test that has found it before, then tests that are quick and have found many.
             order = sorted(self.concerned[i], key=lambda test: (test != by, self.seconds[test] / (1 + found[test])))
             self.planted.value = i
             os.environ["BNFUSED_PLANTED"] = str(i)
@@ -280,7 +280,7 @@ def end_group(pid: int) -> None:
 
 
 def report(sweep: Sweep, console: Console) -> int:
-    """Prints what became of each fault; how many are not as they should be."""
+    """Prints the result of each fault; returns how many are wrong."""
     table = Table("fault", "", "found by", box=None)
     wrong = 0
     suites: Counter[str] = Counter()
@@ -306,7 +306,7 @@ def main() -> int:
     sys.path[:0] = [str(TREE), str(TREE / "tests")]
     os.chdir(TREE)
     os.environ |= {
-        # With the pattern, what a missing statement should have set is not by chance what was there before.
+        # The pattern: a variable that a missing statement does not set must not have the right value by chance.
         "CXX": f"{os.environ.get('CXX', 'g++')} -w -ftrivial-auto-var-init=pattern -include {TREE / 'switches.h'}",
         "OMP_NUM_THREADS": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
