@@ -1,4 +1,4 @@
-// The ops of a library, so that another backend's library can have the same: csrc/ops/schema.cpp.
+// Defines the ops of csrc/ops/schema.cpp in a library. A second library, of another backend, can define them too.
 #pragma once
 #include <torch/library.h>
 
