@@ -1,4 +1,4 @@
-"""``python -m bnfused`` shows what is installed and how it was built, and tests that it computes the right values.
+"""``python -m bnfused``: what is installed here, what it was built with, and whether it computes the right thing.
 
 ``python -m bnfused explain 32 64 56 56 --device-limits h100`` says how a batch norm of that shape would run.
 """
@@ -17,12 +17,12 @@ import bnfused
 from bnfused import _extension, activations, explanation
 
 SHAPE = (16, 32, 28, 28)
-# Error of float32 arithmetic against a float64 oracle, relative to the largest value. Docs and tests use this bound.
+# Float32 arithmetic around a float64 oracle, relative to the largest value: the bound of docs and tests.
 TOLERANCE = 5e-6
 
 
 def describe() -> list[tuple[str, str]]:
-    """What a bug report needs, as (name, value)."""
+    """What a bug report needs to say, as (name, value)."""
     rows = [
         ("bnfused", bnfused.__version__),
         ("python", platform.python_version()),
@@ -69,7 +69,7 @@ def self_test(device: str) -> list[tuple[str, float]]:
 
 
 def check() -> int:
-    """Print the environment and the self-test of each device, and return the exit status."""
+    """Print what is here and the self-test of each device; the exit status."""
     for name, value in describe():
         print(f"{name:22s} {value}")
     start = time.perf_counter()

@@ -26,12 +26,12 @@ REBUILD = "pip install --no-build-isolation -e ."
 # Every op that the package calls. An extension that was built from older sources may lack some.
 OPS = tuple(fake.KERNELS)
 
-# Written by setup.py next to the extension. It can be read even if the extension does not load.
+# Written by setup.py beside the extension: readable even where the extension itself does not load.
 _STAMP = Path(__file__).with_name("_build_info.txt")
 
 
 def _release(version: str) -> tuple[str, ...]:
-    """``("2", "13")`` for ``2.13.0+cpu``: torch versions that agree in this part have the same C++ ABI."""
+    """``2.13`` of ``2.13.0+cpu``: the part of a torch version within which its C++ ABI holds."""
     return tuple(version.split("+")[0].split(".")[:2])
 
 
@@ -45,7 +45,7 @@ def _other_torch(built_for: str) -> str | None:
 
 
 def _stamped_torch() -> str | None:
-    """The torch version that the build recorded, or None if setup.py has built nothing in this checkout."""
+    """The torch version that the build wrote down, or None where nothing was built by this checkout's setup.py."""
     if not _STAMP.exists():
         return None
     try:
@@ -80,12 +80,12 @@ def is_available() -> bool:
 
 
 def why_unavailable() -> str | None:
-    """Why the compiled extension is not loaded, with the command that repairs it; None if it is loaded."""
+    """Why the compiled extension is not loaded, with the command that mends it; None if it is loaded."""
     return _reason
 
 
 def op(name: str) -> Any:
-    """The extension's function for one of ``OPS``, or None without the extension."""
+    """One of ``OPS`` as the extension has it, or None without the extension."""
     return getattr(_module, name, None)
 
 
@@ -112,7 +112,7 @@ def merge_plan(*, parts: int, channels: int) -> dict[str, int]:
     return dict(_module.merge_plan(parts=parts, channels=channels))
 
 
-# The advice for CUDA tensors in a build without kernels for them.
+# What to do where CUDA tensors come and no kernels for them were built.
 BUILD_CUDA = (
     "to build them, install nvcc and a torch that is built for its major version of CUDA, then: "
     f"BNFUSED_CUDA=1 {REBUILD}"
@@ -128,7 +128,7 @@ def has_cuda() -> bool:
 
 
 def has_kernels_for(x: Tensor, compiling: bool) -> bool:
-    """Whether the ops run on the device of ``x``; they also run on meta tensors. Warns the first time that they do not.
+    """Whether the ops run on the device of ``x``, as on meta tensors they do; warns the first time that they do not.
 
     Raises:
         RuntimeError: a GPU that the extension was not built for.
@@ -144,7 +144,7 @@ def has_kernels_for(x: Tensor, compiling: bool) -> bool:
             f"bnfused has no kernels for {x.device.type} tensors in this build and runs its slow reference path{how}"
         )
         return False
-    if not compiling:  # Dynamo cannot query a device
+    if not compiling:  # Dynamo cannot ask a device
         check_gpu(x.device.index)
     return True
 
@@ -152,9 +152,9 @@ def has_kernels_for(x: Tensor, compiling: bool) -> bool:
 def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether code built for ``archs``, as ``build_info()["cuda_archs"]`` has them, runs on a GPU.
 
-    Machine code runs on GPUs of its major version with the same minor version or a higher one. PTX runs on every newer
-    GPU. The suffix ``a`` restricts both to one GPU, and ``f`` to its family, which is its major version. Source:
-    CUDA C++ Programming Guide, "Compute capability", sections on binary and PTX compatibility.
+    Machine code runs on GPUs of its major version with the same minor or a higher one, PTX on every newer GPU. Both
+    are bound to one GPU by ``a`` and to its family, which is its major version, by ``f``. Source: CUDA C++ Programming
+    Guide, "Compute capability", sections on binary and PTX compatibility.
     """
     for arch in archs:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
@@ -174,7 +174,7 @@ def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
 
 @functools.cache
 def check_gpu(index: int) -> None:
-    """Refuse a GPU that the extension was not built for. CUDA's own error would say less.
+    """Refuse a GPU that the extension was not built for, before CUDA does so in fewer words.
 
     Raises:
         RuntimeError: it has neither machine code nor PTX that runs on ``cuda:index``.
@@ -195,7 +195,7 @@ def wrong_gpu(index: int, name: str, capability: tuple[int, int], archs: Sequenc
 
 
 def warn_once(message: str) -> None:
-    """Warn at the line that called bnfused, only the first time that ``message`` comes in this process."""
+    """Warn of the line that called bnfused the first time that ``message`` comes, and never again in this process."""
     if message in _warned:
         return
     _warned.add(message)
@@ -211,6 +211,6 @@ def _is_inside(frame: FrameType) -> bool:
     return package in ("bnfused", "torch")
 
 
-# Dynamo cannot trace a warning. With this mark, it runs the function while it compiles.
-# torch.compiler.assume_constant_result does the same, but imports all of Dynamo.
+# Dynamo, which cannot trace a warning, then runs this while it compiles. torch.compiler.assume_constant_result does the
+# same, and imports all of Dynamo.
 warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

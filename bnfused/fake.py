@@ -1,4 +1,4 @@
-"""The shapes, dtypes and strides that the ops return, for torch.compile and torch.export."""
+"""What the ops return, without the values: shapes, dtypes and strides for torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def named(op: str, args: Sequence[Any], library: str = "bnfused") -> dict[str, A
 
 
 def check_devices(op: str, arguments: dict[str, Any]) -> str:
-    """Refuse tensors on another device than ``x``, or than the first tensor of an op without ``x``; return its name.
+    """Refuse tensors that are not where ``x`` is, or the first of an op without; returns the name of that one.
 
-    A single meta tensor brings a call to the kernels below, which would return neither values nor an error.
+    One meta tensor among others brings a call to the kernels below: they would return no values and no error.
 
     Raises:
         RuntimeError: names the tensor that is elsewhere.
@@ -65,11 +65,11 @@ def check_devices(op: str, arguments: dict[str, Any]) -> str:
     return first
 
 
-# ------------------------------------------------------- the kernels, each with only the arguments that it uses
+# ----------------------------------------------------------------------- the kernels, each of the arguments it needs
 
 
 def _own_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of results that follow neither ``x`` nor a parameter."""
+    """Of what is neither like ``x`` nor like a parameter."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -94,7 +94,7 @@ def _backward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: tuple[bool, bool, bool, bool], **_: Any
 ) -> tuple[Tensor, ...]:
     need_x, need_weight, need_bias, need_residual = output_mask
-    parameter = x.new_empty(0, dtype=_own_dtype(x))  # gives the dtype where there is no parameter
+    parameter = x.new_empty(0, dtype=_own_dtype(x))  # where there is none to take the dtype from
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         (parameter if weight is None else weight).new_empty(x.shape[1] if need_weight else 0),
@@ -147,7 +147,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
 
 
 def register(library: str = "bnfused") -> None:
-    """Register these functions with torch, after a library has defined the ops."""
+    """Give torch the shapes; called once a library has defined the ops."""
     for op in KERNELS:
         torch.library.register_fake(f"{library}::{op}", _kernel(library, op))
 

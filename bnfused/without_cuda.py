@@ -1,8 +1,8 @@
-"""The errors of the ops for CUDA tensors in a build without CUDA kernels.
+"""What the ops answer to CUDA tensors in a build without CUDA kernels.
 
-``bnfused.functional`` takes the reference path for CUDA tensors. If they reach the ops anyway, they came through
-``torch.ops.bnfused``, or the tensors of a call are on different devices. The dispatcher's own error would name neither
-the argument nor the remedy.
+``bnfused.functional`` takes the reference path there. Tensors that reach the ops all the same came through
+``torch.ops.bnfused``, or lie on several devices; the dispatcher's own error would name neither the argument nor what
+to do.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def refuse(op: str, *args: Any) -> None:
     """Raise for a call of ``torch.ops.bnfused.<op>`` with at least one CUDA tensor.
 
     Raises:
-        RuntimeError: always. It names the first argument on another device than ``x`` (or than the first tensor, if the
-            op has no ``x``). If all are on one device, it names the build.
+        RuntimeError: always. It names the first argument that is not where ``x`` is (of the op without one: the first
+            tensor), if there is one, else the build.
     """
     arguments = fake.named(op, args)
     x = fake.check_devices(op, arguments)
@@ -31,11 +31,11 @@ def refuse(op: str, *args: Any) -> None:
 
 
 def register() -> None:
-    """Register these errors with the dispatcher, after the extension has defined the ops."""
+    """Give the dispatcher this answer; called once the extension has defined the ops."""
     library = torch.library.Library("bnfused", "IMPL")
     for op in _extension.OPS:
         library.impl(op, functools.partial(refuse, op), "CUDA")
     _registered.append(library)
 
 
-_registered: list[torch.library.Library] = []  # a Library that is freed takes its kernels with it
+_registered: list[torch.library.Library] = []  # what a Library registered goes with it

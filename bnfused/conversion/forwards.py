@@ -205,6 +205,18 @@ def _twins_of(cls: type) -> tuple[dict[FunctionType, Twin], str | None]:
     return twins, why_not
 
 
+def _computed_attributes(cls: type) -> set[str]:
+    """The properties of a class, and other attributes that run code when they are read."""
+    plain = (FunctionType, staticmethod, classmethod, type)
+    return {
+        name
+        for base in cls.__mro__
+        if base is not object
+        for name, value in vars(base).items()
+        if hasattr(type(value), "__get__") and not isinstance(value, plain) and name not in ("__dict__", "__weakref__")
+    }
+
+
 def _rewritten_methods(cls: type) -> tuple[dict[FunctionType, Twin], str | None]:
     forward = cls.forward  # type: ignore[attr-defined]
     own: Any = cls
@@ -212,9 +224,10 @@ def _rewritten_methods(cls: type) -> tuple[dict[FunctionType, Twin], str | None]
         return {}, "looks attributes up in its own way"
     if not isinstance(forward, FunctionType):
         return {}, "is no function of Python"
+    computed = _computed_attributes(cls)
     twins: dict[FunctionType, Twin] = {}
     try:
-        twins[forward] = Twin(forward, rewrite(forward))
+        twins[forward] = Twin(forward, rewrite(forward, computed))
     except Unreadable as error:
         return {}, str(error)
     names = ["forward"]
@@ -225,7 +238,7 @@ def _rewritten_methods(cls: type) -> tuple[dict[FunctionType, Twin], str | None]
                 continue
             if function not in twins:
                 try:
-                    twins[function] = Twin(function, rewrite(function))
+                    twins[function] = Twin(function, rewrite(function, computed))
                 except Unreadable:
                     continue
             names += [called for called in function.__code__.co_names if called not in names]

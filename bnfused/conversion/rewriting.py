@@ -15,6 +15,8 @@ The rules below see to it that nothing can notice that a batch norm waits:
 - A ``Pending`` is used once. A variable that is read again later, or not on every path, is forced first.
 
 The reasons ``why`` are for the report, which interprets the same tree (``preview.py``).
+
+This file is longer than most, because the rules for statements and for expressions share their state.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -35,6 +37,7 @@ from bnfused.conversion.trees import (
     is_made_of_calls,
     is_read_first,
     live_before,
+    mark_computed,
     names_read,
     names_written,
     word_for,
@@ -69,8 +72,8 @@ class Rewritten(NamedTuple):
         return twin
 
 
-def rewrite(function: FunctionType) -> Rewritten:
-    """The function, rewritten.
+def rewrite(function: FunctionType, computed: Collection[str] = ()) -> Rewritten:
+    """The function, rewritten. ``computed``: attributes that run code when they are read.
 
     Raises:
         Unreadable: it has no source, or is more than such a rewriting understands.
@@ -79,6 +82,7 @@ def rewrite(function: FunctionType) -> Rewritten:
         raise Unreadable("is wrapped by a decorator")
     definition = tree_of(function)
     _refuse(definition)
+    mark_computed(definition, computed)
     writer = _Writer(function, set(function.__code__.co_varnames) - _shared_names(definition))
     arguments = function.__code__.co_varnames[: _number_of_arguments(function.__code__)]
     definition.body, end = writer.block(definition.body, _State(set(), set(arguments)), set(), is_protected=False)
@@ -321,7 +325,9 @@ class _Writer:
     def _may_wait(self, s: Any, name: str, variable: str) -> bool:
         """Whether nothing in the statement could notice that the batch norm in ``name`` has not run yet."""
         if isinstance(s, ast.AugAssign):
-            return bool(variable) and isinstance(s.op, ast.Add) and is_made_of_calls(s.value)
+            # It may write the tensor that another batch norm has yet to read.
+            is_add = bool(variable) and isinstance(s.op, ast.Add)
+            return is_add and name in names_read(s) and is_made_of_calls(s.value)
         if not variable and not isinstance(s, (ast.Expr, ast.Return)):
             return False  # an assignment to an attribute or an element, or to several names
         if name in names_read(s):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 # Builtins that look at their arguments and do nothing else, as long as no tensor is among these.
 LOOKING = {"callable", "enumerate", "getattr", "hasattr", "id", "isinstance", "issubclass", "len", "range", "reversed"}
@@ -24,8 +24,20 @@ def names_written(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
+def mark_computed(tree: ast.AST, names: Collection[str]) -> None:
+    """Mark the reads of these attributes, which run code: those of properties and their like."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name):
+                node.is_computed = name in names  # type: ignore[attr-defined]
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=name), *_]):
+                node.is_computed = name in names  # type: ignore[attr-defined]
+
+
 def is_inert(node: ast.AST | None) -> bool:
     """Whether evaluating the node does nothing but look at variables and attributes."""
+    if getattr(node, "is_computed", False):
+        return False
     match node:
         case None | ast.Name() | ast.Constant() | ast.Lambda():
             return True
@@ -59,6 +71,8 @@ def is_made_of_calls(node: ast.AST | None) -> bool:
     """Whether all of the node that is not inert are calls, adds and choices, which are rewritten."""
     if is_inert(node):
         return True
+    if getattr(node, "is_computed", False):
+        return False
     match node:
         case ast.Call(func=function, args=arguments, keywords=keywords):
             return all(map(is_made_of_calls, [function, *arguments, *(k.value for k in keywords)]))
@@ -102,7 +116,8 @@ def is_read_first(expression: ast.AST, name: str) -> bool:
         if isinstance(node, ast.Name) and node.id == name:
             return True
         is_add = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and has_call(node)
-        if isinstance(node, ast.expr) and not (is_add or isinstance(node, _PASSING) or is_inert(node)):
+        passes = isinstance(node, _PASSING) and not getattr(node, "is_computed", False)
+        if isinstance(node, ast.expr) and not (is_add or passes or is_inert(node)):
             return False
     return True
 

@@ -346,6 +346,34 @@ def test_an_inplace_write_to_the_input_of_a_batch_norm():
         same_training.assert_same_outputs(converted, original, images())
 
 
+def test_a_property_sees_that_the_batch_norm_has_run():
+    """It runs code when it is read, as a call does."""
+
+    class Block(nn.Module):
+        def __init__(self, seen):
+            super().__init__()
+            self.bn, self.seen = nn.BatchNorm2d(C), seen
+
+        @property
+        def active(self):
+            self.seen.append(int(self.bn.num_batches_tracked))
+            return True
+
+        def forward(self, x):
+            y = self.bn(x)
+            if self.active:
+                y = y + x
+            return F.relu(y) if getattr(self, "active") else y  # noqa: B009
+
+    for convert in (True, False):
+        seen = []
+        model = Block(seen).double()
+        if convert:
+            bnfused.convert(model, inplace=True)
+        model(images())
+        assert seen == [1, 1]
+
+
 def test_an_alias_of_the_output_keeps_its_value():
     """An add in place writes into the one tensor that both names have."""
 
