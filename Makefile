@@ -1,4 +1,4 @@
-# Each target first sets up what it needs in $(VENV). If that is done already, it does nothing.
+# Each target first sets up what it needs, in $(VENV), and is a no-op where that is done already.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,11 +20,11 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 COMPILED := $(filter %.cpp %.cu,$(SOURCES))
 LOG := build/build.log
 
-# Rebuild if the installed torch is not the one that the extension was built for, or if the extension is gone.
+# Another torch than the extension was built for means another build; so does an extension that is gone.
 STALE := $(shell '$(PY)' -c 'import importlib.metadata as m, json; \
 	exit(json.load(open("bnfused/_build_info.txt"))["torch"] != m.version("torch"))' 2>/dev/null \
 	|| echo FORCE)
-# A build option may differ from the last time. ninja compiles only what the option changes.
+# A build option that is set may be another than last time; ninja compiles only what it changes.
 ifneq ($(BNFUSED_CUDA)$(TORCH_CUDA_ARCH_LIST),)
 STALE := FORCE
 endif
@@ -99,8 +99,8 @@ lint: $(VENV)/.tools
 bench: $(VENV)/.extension
 	@$(PY) benchmarks/bench.py $(or $(ARGS),--quick)
 
-# The next targets need nvcc, and the first three need no GPU. Each builds in its own folder, so that the extension in
-# bnfused/ stays as it is.
+# What follows needs nvcc, and the first three no GPU. A folder of their own each, so that the extension in bnfused/
+# stays what it is.
 cuda-check cuda-check-all: $(VENV)/.tools
 	@PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH" $(PY) tests/cuda_build/check.py $(if $(filter %-all,$@),--all) $(ARGS)
 

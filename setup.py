@@ -1,9 +1,8 @@
 """Builds the extension ``bnfused._C``; everything else about the package is in pyproject.toml.
 
-Pure functions decide whether to build CUDA, for which GPUs, and how many compilers run at once.
-tests/tooling/test_build.py calls them; ``main`` looks at the machine and passes what it finds to them.
-setuptools runs this file as ``__main__``, also on behalf of pip. It is longer than 450 lines
-because pip does not put this folder on sys.path: a second module next to it could not be imported.
+What has to be decided (CUDA or not, for which GPUs, how many compilers at once) is decided by
+functions of their arguments alone, which tests/tooling/test_build.py calls; ``main`` looks at the machine
+and asks them. setuptools runs this file as ``__main__``, also on behalf of pip.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ CPP_SOURCES = (
     "csrc/cpu/leaves_avx512.cpp",
     "csrc/cpu/leaves_avx512_bf16.cpp",
 )
-# nvcc sees no header of torch, which would cost it 100 s and 3 GB per file. Code that needs both is C++ that calls the
-# runtime's C API.
+# nvcc sees no header of torch: one costs it 100 s and 3 GB a file. What needs both is C++ over the runtime's C API.
 CUDA_SOURCES = (
     "csrc/cuda/batch_norm_stats.cu",
     "csrc/cuda/batch_norm_train.cu",
@@ -54,11 +52,11 @@ CUDA_SOURCES = (
 CUDA_BINDING = ("csrc/ops/cuda.cpp",)
 
 # No -std: torch adds the one that its headers need, unless a flag names another.
-# No -march=native: on another CPU the extension would stop at an illegal instruction.
+# No -march=native: the build would die of an illegal instruction on another CPU.
 # -fno-math-errno: sqrt becomes an instruction, also in vectors; nothing here reads errno.
 CXX_FLAGS = ("-O3", "-g0", "-Wall", "-Wextra", "-Wno-psabi", "-fno-math-errno", "-fvisibility=hidden")
-# -std: no header of torch is involved here, and C++17 is the oldest standard that all of CUDA's headers accept.
-# --expt-relaxed-constexpr: kernels call constexpr functions without __device__, from headers that g++ reads too.
+# -std: no header of torch has a say here, and C++17 is the oldest that all of CUDA's own headers take.
+# --expt-relaxed-constexpr: kernels call constexpr functions of headers that g++ reads too, and so bear no __device__.
 NVCC_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -67,15 +65,15 @@ NVCC_FLAGS = (
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 )
-# The static runtime: nvcc generates calls to the runtime of its own minor version. The dynamic runtime would be the one
-# that torch has loaded, perhaps an older one, or none with a CPU-only torch. Both share torch's contexts and streams,
-# which belong to the driver. The static one costs 1 MB.
+# The static runtime: nvcc generates calls to the runtime of its own minor version, and the dynamic one would be
+# whichever torch has loaded, an older one maybe, or none beside a torch without CUDA. Both share torch's contexts
+# and streams, which belong to the driver. It costs 1 MB.
 CUDA_LIBRARIES = ("cudart_static", "dl", "rt", "pthread")
-# With a CPU-only torch the kernels never run. These are the oldest and the newest GPU that every nvcc since 11.8 knows.
+# Beside a torch without CUDA the kernels never run; the oldest and the newest that every nvcc since 11.8 knows.
 ARCHS_WITHOUT_TORCH_CUDA = "7.5;9.0+PTX"
 
 OLDEST_TORCH = (2, 11)
-GIB_PER_COMPILER = 2  # what one compiler takes at most for a file with torch headers, rounded up
+GIB_PER_COMPILER = 2  # what one compiler may take of a file that includes torch headers, rounded up
 
 INSTALL = """\
     python -m pip install torch==2.13.0        # only where no torch is installed yet
@@ -86,7 +84,7 @@ def cxx_flags(system: str) -> list[str]:
     """The C++ flags on ``sys.platform == system``.
 
     -fopenmp makes at::parallel_for parallel. It goes to the compiler only: the linker would bind a
-    second OpenMP runtime next to torch's. Apple's clang has no OpenMP.
+    second OpenMP runtime beside torch's. Apple's clang has none.
     """
     return [*CXX_FLAGS, *([] if system == "darwin" else ["-fopenmp"])]
 
@@ -107,7 +105,7 @@ def decide_cuda(
     nvcc: str | None,
     nvcc_version: str | None,
 ) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and a remark to print: the reason why not, or something unusual.
+    """Whether to build the CUDA kernels, and the line to print: why not, or what is odd about it.
 
     No GPU has to be visible: the machine that builds is often not the one that runs.
 
@@ -147,7 +145,7 @@ def decide_cuda(
 
 
 def _obstacle_to_cuda(torch_cuda: str | None, nvcc: str | None, nvcc_version: str | None) -> str | None:
-    """The first reason why the CUDA kernels cannot be built, with its remedy."""
+    """The first thing that keeps the CUDA kernels from being built, and what mends it."""
     if nvcc is None:
         return (
             f"no nvcc was found{f' and torch is built for CUDA {torch_cuda}' if torch_cuda else ''}. Install the CUDA "
@@ -219,7 +217,7 @@ def split_archs(arch_list: str) -> list[str]:
 
 
 def gencode_flags(archs: Iterable[str]) -> list[str]:
-    """nvcc's flags: machine code for each, and also PTX for those that end in ``+PTX``."""
+    """What nvcc is told: machine code for each, and PTX beside those that end in ``+PTX``."""
     flags = []
     for arch in archs:
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -238,14 +236,14 @@ def default_jobs(sources: int, cpus: int, free_gib: float | None) -> int:
 
 
 def usable_cpus() -> int:
-    """The CPUs that this process may run on, or all if the system does not tell."""
+    """The CPUs that this process may run on, where the system tells, else all."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_gib() -> float | None:
-    """The memory available to new processes, or None if /proc does not tell."""
+    """Memory that new processes can have, or None where /proc does not tell."""
     try:
         meminfo = Path("/proc/meminfo").read_text()
     except OSError:
@@ -332,7 +330,7 @@ def compile_kernels(nvcc: str, sources: Sequence[str], archs: Sequence[str], fol
         SystemExit: one does not compile.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Every header that a kernel may include, not only those that it does: a stale object takes a day to find.
+    # All that a kernel may include, not what it does: a stale object takes a day to find.
     patterns = ("*.h", "kernels/*", "cuda/*h")
     headers = b"".join(path.read_bytes() for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern)))
     # nvcc reads the variables itself, for example to be told the host compiler.
@@ -385,7 +383,7 @@ def build_command(
                 # each time.
                 self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
             if compile_objects is not None:
-                self.force = True  # without ninja, setuptools would not see that a kernel changed
+                self.force = True  # else setuptools, without ninja, does not see that a kernel changed
 
         def run(self) -> None:
             if remark:

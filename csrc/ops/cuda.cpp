@@ -1,5 +1,5 @@
-// The ops on CUDA tensors: device, stream, plan, workspace, status. This file uses c10's interface for any device and
-// includes no header of torch's CUDA libraries, so the extension also compiles, links and loads with a CPU-only torch.
+// The ops on CUDA tensors: device, stream, plan, workspace, status. Only what c10 says of any device: no header of
+// torch's CUDA libraries, so that the extension compiles, links and loads beside a torch without them.
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -23,7 +23,7 @@ void check(cudaError_t status, const char* op) {
               ")");
 }
 
-// Queried once per device, because each attribute takes a microsecond.
+// Asked once for each device: an attribute costs a microsecond.
 const DeviceLimits& limits_of(int device) {
   static std::mutex mutex;
   static std::map<int, DeviceLimits> known;
@@ -42,7 +42,7 @@ const DeviceLimits& limits_of(int device) {
                           attribute(cudaDevAttrCooperativeLaunch) != 0, attribute(cudaDevAttrClusterLaunch) != 0};
 }
 
-// Where a call runs. As long as this object lives, the device of x is the current device.
+// Where a call runs. The current device is that of x for as long as this lives.
 struct Call {
   explicit Call(const char* op_, c10::Device device_)
       : op(op_), device(device_), guard(device_), limits(limits_of(device_.index())) {
@@ -59,13 +59,12 @@ struct Call {
 
 struct Tickets {
   unsigned* data = nullptr;
-  at::Tensor own;  // owns `data`, if only this call uses it
+  at::Tensor own;  // of this call alone
 };
 
-// Tickets that are kept per stream. Launches on one stream follow each other and can share them. Launches on two
-// streams may overlap, and must not share them. They do not come from torch's allocator, because the pool that is in
-// use at this call (of a graph, of torch.cuda.use_mem_pool) must not matter to later calls. Returns nullptr if memory
-// runs out.
+// Kept for every stream: launches on one follow each other and share them; launches on two may overlap and must not.
+// Not from torch's allocator: which of its pools (of a graph, of torch.cuda.use_mem_pool) is in use at this call must
+// not matter to later ones. nullptr where there is no memory.
 unsigned* kept_tickets(const Call& call, int64_t count) {
   struct Kept {
     unsigned* data = nullptr;
@@ -76,10 +75,10 @@ unsigned* kept_tickets(const Call& call, int64_t count) {
   const std::lock_guard<std::mutex> lock(mutex);
   Kept& tickets = kept[{call.device.index(), call.stream}];
   if (tickets.count >= count) return tickets.data;
-  constexpr int64_t kAtLeast = 4096;  // 16 KiB: no layer of a usual network needs more
+  constexpr int64_t kAtLeast = 4096;  // 16 KiB: no network's layer asks for more
   const Kept larger{nullptr, std::max(count, kAtLeast)};
   const size_t bytes = size_t(larger.count) * sizeof(unsigned);
-  // Without relaxed mode, cudaMalloc would invalidate a graph capture on another thread.
+  // Else to allocate would end the capture of a graph on another thread.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   check(cudaThreadExchangeStreamCaptureMode(&mode), call.op);
   void* data = nullptr;
@@ -87,17 +86,17 @@ unsigned* kept_tickets(const Call& call, int64_t count) {
   if (status == cudaSuccess) status = cudaMemsetAsync(data, 0, bytes, call.stream);
   check(cudaThreadExchangeStreamCaptureMode(&mode), call.op);
   if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // clears the error, which a later call would report otherwise
+    cudaGetLastError();  // or a later call would find it
     return nullptr;
   }
   check(status, call.op);
-  // The smaller tickets are not freed: launches that use them may still run.
+  // The smaller ones stay: launches that use them may be under way.
   tickets = {static_cast<unsigned*>(data), larger.count};
   return tickets.data;
 }
 
-// Counters that are 0 between launches. While a graph is captured, they belong to the graph and each replay clears
-// them, because a graph may be replayed on any stream.
+// Counters that are 0 between launches. While a graph is captured they are the graph's own, cleared whenever it is
+// replayed: it may be replayed on any stream.
 Tickets tickets_for(const Call& call, int64_t count) {
   if (count == 0) return {};
   cudaStreamCaptureStatus capture;
@@ -113,7 +112,7 @@ void check_fits(const Problem& p, const char* op) {
   TORCH_CHECK(fits(p), op, ": expected at most 2^34 values, got ", p.outer, " x ", p.channels, " x ", p.inner);
 }
 
-// The memory that one launch needs next to its tensors, on the device of the call.
+// Every argument struct has x's problem and lies on x's device, which ops.h has checked; `x` says which.
 struct Workspaces {
   Workspaces(const Call& call, const LaunchPlan& plan, const Problem& p) {
     partials = at::empty({cuda::workspace_bytes(plan, p)}, at::TensorOptions().dtype(at::kByte).device(call.device));
@@ -126,13 +125,13 @@ struct Workspaces {
   Tickets tickets;
 };
 
-// Launches the first plan that the device accepts. Each plan that is tried gets its own workspace.
+// With a workspace for each plan that is tried.
 template <class PlanFor, class Launch>
 void run(const Call& call, const Problem& p, PlanFor plan_for, Launch launch) {
   const cudaError_t status = cuda::launch_planned(call.limits, plan_for, [&](const LaunchPlan& plan) {
     const Workspaces workspaces(call, plan, p);
     const cudaError_t of_launch = launch(plan, workspaces.get());
-    if (of_launch != cudaSuccess) cudaGetLastError();  // clears the error, which a later call would report otherwise
+    if (of_launch != cudaSuccess) cudaGetLastError();  // or a later call would find it
     return of_launch;
   });
   check(status, call.op);

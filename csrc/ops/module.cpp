@@ -1,5 +1,5 @@
-// bnfused._C: the ops as Python functions, and functions that take no tensors. No tensor goes through pybind11, so
-// torch may have been built with any version of it. Importing the module registers the ops.
+// bnfused._C: the ops as functions of Python, and what is no tensor. No tensor crosses pybind11, so that it does not
+// matter which pybind11 torch was built with. Importing it registers the ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -62,7 +62,7 @@ py::dict describe(const Flat& s) {
                   py::arg("blocks") = s.blocks());
 }
 
-// The launches in order: the kernel of each, and how it divides the work.
+// The launches in order: what each does, and how it is cut.
 py::list describe_launches(const LaunchPlan& plan) {
   py::list launches;
   const auto add = [&](const char* kernel, py::dict shape) {
@@ -97,7 +97,7 @@ py::dict describe(const Merge& s) {
                   py::arg("blocks") = s.blocks());
 }
 
-// The plan of the CUDA backend. Only the limits of the device have to be known; it need not be in this machine.
+// The plan of the CUDA backend, on a device of which nothing more is known than its limits.
 py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, int64_t inner, int dtype, bool wide,
                       bool residual, bool mask, bool training, bool grad_x, bool grad_residual, bool grad_parameters,
                       bool means, int sm_count, int compute_capability, int64_t shared_per_sm, bool cooperative,
@@ -147,7 +147,7 @@ py::dict describe(const cpu::RowView& view) {
                   py::arg("tasks") = tasks);
 }
 
-// For each part: its range of planes, and its range of values within each plane, as (begin, end).
+// Of each part: the planes from begin to end, and the values of each of them from begin to end.
 py::list describe_parts(const cpu::CpuPlan& plan) {
   py::list parts;
   for (int64_t i = 0; i < plan.parts; ++i) {

@@ -1,4 +1,4 @@
-// Defines the ops of csrc/ops/schema.cpp in a library. A second library, of another backend, can define them too.
+// The ops of a library, so that another backend's library can have the same: csrc/ops/schema.cpp.
 #pragma once
 #include <torch/library.h>
 
