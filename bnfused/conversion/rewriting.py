@@ -54,6 +54,10 @@ _ELSEWHERE = "its output is used in another way"
 _READS_VARIABLES = {"locals", "eval", "exec", "_getframe", "currentframe"}
 
 
+# What a batch norm writes when it runs: a forward that reads one of these must find it written.
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
 class Rewritten(NamedTuple):
     """A rewritten function: what it is compiled from, its code, and whether it may return a ``Pending``."""
 
@@ -82,7 +86,7 @@ def rewrite(function: FunctionType, computed: Collection[str] = ()) -> Rewritten
         raise Unreadable("is wrapped by a decorator")
     definition = tree_of(function)
     _refuse(definition)
-    mark_computed(definition, computed)
+    mark_computed(definition, {*computed, *_STATISTICS})
     writer = _Writer(function, set(function.__code__.co_varnames) - _shared_names(definition))
     arguments = function.__code__.co_varnames[: _number_of_arguments(function.__code__)]
     definition.body, end = writer.block(definition.body, _State(set(), set(arguments)), set(), is_protected=False)

@@ -374,6 +374,26 @@ def test_a_property_sees_that_the_batch_norm_has_run():
         assert seen == [1, 1]
 
 
+def test_a_forward_that_reads_the_counter_of_its_batch_norm():
+    """The batch norm has run where its counter is read, also in a comparison."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(C)
+
+        def forward(self, x):
+            y = self.bn(x)
+            if self.bn.num_batches_tracked == 1:
+                y = y + x
+            return F.relu(y)
+
+    converted, original = pair(Block())
+    x = images()
+    for _ in range(2):  # with the add and without
+        same_training.assert_near("y", converted(x), original(x), 10)
+
+
 def test_an_alias_of_the_output_keeps_its_value():
     """An add in place writes into the one tensor that both names have."""
 
