@@ -34,6 +34,7 @@ from bnfused.conversion.trees import (
     SCOPES,
     conditional_parts,
     is_inert,
+    is_inert_test,
     is_made_of_calls,
     is_read_first,
     live_before,
@@ -247,7 +248,7 @@ class _Writer:
         return new
 
     def _if(self, s: ast.If, state: _State, live: set[str], is_protected: bool) -> tuple[list[ast.stmt], _End]:
-        early = set(state.held) if not is_inert(s.test) else state.held & set(names_read(s.test))
+        early = state.held & set(names_read(s.test)) if is_inert_test(s.test) else set(state.held)
         before = self.released(early, f"{word_for(s.test)} comes before its output is used")
         held = state.held - early
         s.test = self.plain(s.test)

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator, Sequence
 LOOKING = {"callable", "enumerate", "getattr", "hasattr", "id", "isinstance", "issubclass", "len", "range", "reversed"}
 LOOKING |= {"super", "type", "zip"}
 
+_IDENTITY = (ast.Is, ast.IsNot)
+
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -41,15 +43,16 @@ def is_inert(node: ast.AST | None) -> bool:
     match node:
         case None | ast.Name() | ast.Constant() | ast.Lambda():
             return True
-        case ast.Attribute(value=value) | ast.UnaryOp(op=ast.Not(), operand=value):
+        case ast.Attribute(value=value):
             return is_inert(value)
-        case ast.Compare(left=left, ops=ops, comparators=others):
-            known = all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops)
-            return (known or all(isinstance(other, ast.Constant) for other in others)) and all(
-                map(is_inert, [left, *others])
-            )
+        case ast.UnaryOp(op=ast.Not(), operand=value):
+            return is_inert_test(value)
+        case ast.Compare(left=left, ops=ops, comparators=others) if all(isinstance(op, _IDENTITY) for op in ops):
+            return all(map(is_inert, [left, *others]))
+        case ast.Compare(left=left, comparators=others):
+            return is_inert_test(left) and all(isinstance(other, ast.Constant) for other in others)
         case ast.BoolOp(values=values):
-            return all(map(is_inert, values))
+            return all(map(is_inert_test, values))
         case ast.Tuple(elts=elements) | ast.List(elts=elements):
             return all(map(is_inert, elements))
         case ast.Subscript(value=ast.Attribute() as value, slice=index):  # self.layers[0]
@@ -61,6 +64,14 @@ def is_inert(node: ast.AST | None) -> bool:
         case ast.Call(func=ast.Attribute(value=value, attr="items" | "values" | "children"), args=[], keywords=[]):
             return isinstance(value, ast.Attribute) and is_inert(value)
     return False
+
+
+def is_inert_test(node: ast.AST) -> bool:
+    """Whether asking the node's truth, or comparing it with a constant, does nothing but look at attributes.
+
+    A variable may be another name of the counter of a batch norm that waits, whose value would come too early.
+    """
+    return is_inert(node) and not isinstance(node, ast.Name)
 
 
 def has_call(node: ast.AST) -> bool:
@@ -81,7 +92,7 @@ def is_made_of_calls(node: ast.AST | None) -> bool:
         case ast.BinOp(left=left, op=ast.Add(), right=right) if has_call(node):
             return is_made_of_calls(left) and is_made_of_calls(right)
         case ast.IfExp(test=test, body=body, orelse=other):
-            return is_inert(test) and is_made_of_calls(body) and is_made_of_calls(other)
+            return is_inert_test(test) and is_made_of_calls(body) and is_made_of_calls(other)
         case ast.Tuple(elts=elements) | ast.List(elts=elements):
             return all(map(is_made_of_calls, elements))
         case ast.Dict(keys=keys, values=values):
@@ -117,6 +128,8 @@ def is_read_first(expression: ast.AST, name: str) -> bool:
             return True
         is_add = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and has_call(node)
         passes = isinstance(node, _PASSING) and not getattr(node, "is_computed", False)
+        if isinstance(node, ast.IfExp):
+            passes = is_inert_test(node.test)
         if isinstance(node, ast.expr) and not (is_add or passes or is_inert(node)):
             return False
     return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import linecache
+import re
 
 import pytest
 import torch
@@ -36,12 +37,21 @@ class Forward:
 """
 
 
+def batch_norm():
+    """One whose ``eps`` keeps rounding small.
+
+    With the usual 1e-5 a constant input makes ``invstd`` 316, and a chain of batch norms multiplies rounding by 316
+    each. Two correct orders of the same sums then differ by more than any tolerance.
+    """
+    return nn.BatchNorm2d(C, eps=1.0)
+
+
 class Inner(nn.Module):
     """A block of its own, which may end in a batch norm that waits."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)
+        self.conv, self.bn = nn.Conv2d(C, C, 1), batch_norm()
 
     def forward(self, x):
         return self.bn(self.conv(x))
@@ -53,15 +63,13 @@ class Parts(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.seen_conv = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 3, padding=1)
-        self.bn, self.bn1, self.seen_bn = (nn.BatchNorm2d(C) for _ in range(3))
+        self.bn, self.bn1, self.seen_bn = (batch_norm() for _ in range(3))
         self.relu, self.relu_, self.leaky = nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.3)
         self.seen_act, self.identity, self.drop = nn.SiLU(), nn.Identity(), nn.Dropout(0.2)
-        self.sequence = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.Identity())
-        self.act_sequence = nn.Sequential(nn.BatchNorm2d(C), nn.Hardswish())
+        self.sequence = nn.Sequential(nn.Conv2d(C, C, 1), batch_norm(), nn.Identity())
+        self.act_sequence = nn.Sequential(batch_norm(), nn.Hardswish())
         self.inner = Inner()
-        self.layers = nn.ModuleList(
-            [nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.Identity(), nn.Tanh(), nn.BatchNorm2d(C)]
-        )
+        self.layers = nn.ModuleList([nn.Conv2d(C, C, 1), batch_norm(), nn.Identity(), nn.Tanh(), batch_norm()])
         self.flag, self.other_flag, self.nothing, self.calls, self.log = False, True, None, 0, []
 
     def counters(self):
@@ -110,6 +118,7 @@ BINARY = [
 BINARY += ["sum([{}, {}])", "({} if self.flag else {})", "torch.stack([{}, {}]).sum(0)", "{{'k': {}, 'l': {}}}['k']"]
 TESTS = ["self.flag", "not self.other_flag", "self.nothing is None", "self.training", "{}.mean() > 0", "{} is {}"]
 TESTS += ["self.flag and self.training", "isinstance({}, torch.Tensor)", "{}.shape[0] == 2", "self.counters()[0] > 1"]
+TESTS += ["n == 1", "n", "n is not None and n > 1"]  # n is another name of a batch norm's counter
 EFFECTS = ["self.see('forward', {})", "self.flag = not self.flag", "self.calls += 1", "{}.relu_()", "{}.mul_(0.9)"]
 EFFECTS += [
     "{}.add_({})",
@@ -163,7 +172,8 @@ def statements(draw, depth=2, in_loop=False):
         case "walrus":
             return [f"{v} = self.relu(({w} := {draw(expressions(1))}))"]
         case "delete":
-            return [f"del {v}", f"{v} = {draw(expressions(1)).replace(v, 'x' if v != 'x' else 'a')}"]
+            other = "x" if v != "x" else "a"
+            return [f"del {v}", f"{v} = " + re.sub(rf"\b{v}\b", other, draw(expressions(1)))]
         case "if":
             lines = [f"if {draw(st.sampled_from(TESTS)).format(v, w)}:", *indented(body)]
             if draw(st.booleans()):
@@ -195,7 +205,7 @@ def statements(draw, depth=2, in_loop=False):
 
 @st.composite
 def forwards(draw):
-    lines = ["def forward(self, x):", "    a = b = c = x"]
+    lines = ["def forward(self, x):", "    a = b = c = x", "    n = self.bn.num_batches_tracked"]
     lines += ["    " + line for lines in draw(st.lists(statements(), min_size=1, max_size=7)) for line in lines]
     lines.append(
         "    return " + draw(st.sampled_from(["{}", "{}", "({}, {})", "[{}, {}]"])).format(draw(expressions()), "a")
@@ -204,6 +214,7 @@ def forwards(draw):
         "",
         "def method(self, v):",
         "    a = b = c = x = v",
+        "    n = self.bn.num_batches_tracked",
         f"    v = {draw(expressions(1)).replace('self.method', 'self.bn')}",
     ]
     lines.append(f"    return {draw(st.sampled_from(['v', 'self.bn1(v)', 'F.relu(v)', 'self.bn1(v) + x']))}")
@@ -319,16 +330,31 @@ def test_random_forwards(text):
     assume(check(text) is not None)
 
 
-WRITES = {
-    "the input of a batch norm": "a = self.bn(x)\nx += 1\nreturn F.relu(a)",
-    "a residual": "a = self.bn(x) + x\nx += 1\nreturn F.relu(a)",
-    "another name of the input": "b = self.bn(x)\na = self.identity(x)\na += 1\nreturn F.relu(b) + a",
+NOTICED = {
+    "a write to the input of a batch norm": "a = self.bn(x)\nx += 1\nreturn F.relu(a)",
+    "a write to a residual": "a = self.bn(x) + x\nx += 1\nreturn F.relu(a)",
+    "a write to another name of the input": ("b = self.bn(x)\na = self.identity(x)\na += 1\nreturn F.relu(b) + a"),
+    "the counter, in a comparison": (
+        "n = self.bn.num_batches_tracked\ny = self.bn(x)\nif n == 1:\n    y = y * 3\nreturn F.relu(y)"
+    ),
+    "the counter, as a condition": (
+        "n = self.bn.num_batches_tracked\ny = self.bn(x)\nif n:\n    x = x * 3\nreturn F.relu(y + x)"
+    ),
+    "the counter, negated": (
+        "n = self.bn.num_batches_tracked\nz = x * 3\ny = self.bn(x)\nif not n:\n    z = x\nreturn F.relu(y + z)"
+    ),
+    "the counter, in a choice before a sum": (
+        "n = self.bn.num_batches_tracked\nz = x * 3\ny = self.bn(x)\nreturn F.relu((z if n else x) + y)"
+    ),
+    "the counter, in a choice": (
+        "n = self.bn.num_batches_tracked\ny = self.bn(x)\nz = 3 if n > 1 and n else 2\nreturn F.relu(y) * z"
+    ),
 }
 
 
-@pytest.mark.parametrize("what", WRITES)
-def test_an_augmented_assignment_to_what_a_batch_norm_reads(what):
-    """It writes in place: the batch norm has run before it."""
-    body = "".join(f"        {line}\n" for line in WRITES[what].splitlines())
+@pytest.mark.parametrize("what", NOTICED)
+def test_a_forward_that_would_notice_a_batch_norm_that_has_not_run(what):
+    """The batch norm runs before the statement that notices."""
+    body = "".join(f"        {line}\n" for line in NOTICED[what].splitlines())
     method = "\n    def method(self, v):\n        return v\n"
     assert check(f"{HEADER}    def forward(self, x):\n{body}{method}") is not None
