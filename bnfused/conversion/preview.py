@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import inspect
 import itertools
-import operator
 from collections.abc import Callable, Iterable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, _jit_internal, nn
 
 from bnfused.conversion.pending import Execution, FusedForward, Pending
-from bnfused.conversion.rewriting import HELPERS, PREFIX
+from bnfused.conversion.rewriting import HELPERS, PREFIX, replace_parts
 
 
 class _Unknown:
@@ -93,29 +93,13 @@ class _Returned:
 _LEAVES_LOOP = object()
 _FALLS_THROUGH = None
 
-_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Mod: operator.mod,
-    ast.FloorDiv: operator.floordiv,
-}
 # Functions that only look at what they are given.
 _LOOKING: set[Any] = {isinstance, issubclass, len, range, enumerate, zip, reversed, type, callable}
 _LOOKING |= {bool, int, float, str, list, tuple, max, min, _jit_internal.is_scripting}
 _LOOKING |= {torch.jit.is_tracing}  # type: ignore[attr-defined]
 _LOOKING_METHODS = {"items", "values", "keys", "children"}
 _KNOWN = (type(None), bool, int, float, str, type(...), type, FunctionType, ModuleType, nn.Module)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _MOST_ROUNDS = 256
 
 
@@ -189,11 +173,7 @@ class _Run:
     def loop(self, s: ast.For) -> Any:
         values = self.value(s.iter)
         rounds: Iterable[Any] = [UNKNOWN]
-        if (
-            isinstance(values, (tuple, list, range, enumerate, zip, nn.ModuleList, nn.Sequential, nn.ModuleDict))
-            or _is_known(values)
-            and isinstance(values, Iterable)
-        ):
+        if isinstance(values, (tuple, list, *_CONTAINERS)) or (_is_known(values) and isinstance(values, Iterable)):
             rounds = itertools.islice(values, _MOST_ROUNDS)
         for value in rounds:
             self.assign(s.target, value)
@@ -243,15 +223,8 @@ class _Run:
                 return first if isinstance(first, Pending) else second if isinstance(second, Pending) else UNKNOWN
             case ast.BoolOp(op=op, values=values):
                 return self.chain(isinstance(op, ast.And), values)
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                truth = self.truth(self.value(operand))
-                return UNKNOWN if truth is None else not truth
-            case ast.Compare(left=left, ops=[op], comparators=[right]):
-                return self.compare(type(op), self.value(left), self.value(right))
-            case ast.BinOp(left=left, op=op, right=right):
-                return _computed(_OPERATORS.get(type(op)), self.value(left), self.value(right))
-            case ast.Subscript(value=value, slice=index):
-                return self.element(self.value(value), self.value(index))
+            case ast.UnaryOp() | ast.BinOp() | ast.Compare() | ast.Subscript():
+                return self.computed(e)
         return UNKNOWN
 
     def chain(self, is_and: bool, values: list[ast.expr]) -> Any:
@@ -265,20 +238,30 @@ class _Run:
                 return found
         return found
 
-    def compare(self, op: type, left: Any, right: Any) -> Any:
-        if op in (ast.Is, ast.IsNot) and None in (left, right) and UNKNOWN in (left, right):
-            return op is ast.IsNot  # a tensor is not None
-        return _computed(_OPERATORS.get(op), left, right)
+    def computed(self, e: ast.expr) -> Any:
+        """The value of an operator or an index, which Python itself computes of the values of its parts."""
+        parts: dict[str, Any] = {}
+
+        def evaluated(part: ast.expr) -> ast.expr:
+            parts[name := f"part_{len(parts)}"] = self.value(part)
+            return ast.copy_location(ast.Name(name, ast.Load()), part)
+
+        replace_parts(e := copy.deepcopy(e), evaluated)
+        values = list(parts.values())
+        match e:
+            case ast.Compare(ops=[ast.Is() | ast.IsNot() as op]) if None in values and UNKNOWN in values:
+                return isinstance(op, ast.IsNot)  # a tensor is not None
+            case ast.Subscript() if isinstance(values[0], nn.Module) and not isinstance(values[0], _CONTAINERS):
+                return UNKNOWN
+        try:
+            return eval(compile(ast.Expression(e), "", "eval"), parts) if _is_known(values) else UNKNOWN
+        except Exception:  # the call itself would raise it
+            return UNKNOWN
 
     def truth(self, value: Any) -> bool | None:
         if isinstance(value, Pending) or not _is_known(value):
             return None
         return bool(value)
-
-    def element(self, value: Any, index: Any) -> Any:
-        if isinstance(value, (nn.ModuleList, nn.ModuleDict, nn.Sequential, tuple, list)):
-            return _computed(operator.getitem, value, index)
-        return UNKNOWN
 
     def call(self, e: ast.Call) -> Any:
         if isinstance(e.func, ast.Name) and e.func.id == "super" and not e.args:
@@ -315,38 +298,19 @@ class _Run:
         if is_method and function.__name__ in _LOOKING_METHODS and function.__module__.startswith("torch."):
             return list(function())
         try:
-            return _computed(function, *args) if function in _LOOKING else UNKNOWN
-        except TypeError:  # a callable that has no hash
+            return function(*args) if function in _LOOKING else UNKNOWN
+        except Exception:  # the call itself would raise it, or the function has no hash
             return UNKNOWN
 
 
 def _copied(variables: dict[str, Any]) -> dict[str, Any]:
     """The variables with batch norms of their own: what one path does with one is not what another path does."""
-
-    def copied(value: Any) -> Any:
-        if not isinstance(value, Pending):
-            return value
-        twin = Pending(value.module, value.function, value.x, value.residual)
-        twin.output, twin.state, twin.is_own = value.output, value.state, value.is_own
-        return twin
-
-    return {name: copied(value) for name, value in variables.items()}
-
-
-def _computed(function: Callable[..., Any] | None, *args: Any) -> Any:
-    if function is None or not all(map(_is_known, args)):
-        return UNKNOWN
-    try:
-        return function(*args)
-    except Exception:  # the call itself would raise it
-        return UNKNOWN
+    return {name: copy.copy(value) if isinstance(value, Pending) else value for name, value in variables.items()}
 
 
 def attribute(of: Any, name: str) -> Any:
     """``of.name``, found without calling anything: what a property computes is unknown."""
-    if isinstance(of, super):
-        return getattr(of, name, UNKNOWN)
-    if isinstance(of, ModuleType):
+    if isinstance(of, (super, ModuleType)):
         return getattr(of, name, UNKNOWN)
     if isinstance(of, nn.Module):
         for place in (of.__dict__, of._modules):

@@ -324,7 +324,7 @@ class _Writer:
             new.value, holds = self.force(new.value, _UNUSED if isinstance(s, ast.Expr) else _ELSEWHERE), False
         for node in getattr(s, "targets", [target] if target is not None else []):
             if not isinstance(node, ast.Name):
-                _replace_parts(node, self.plain)
+                replace_parts(node, self.plain)
         return [*before, new], _State(rest | ({variable} if holds else set()), bound)
 
     def _may_wait(self, s: Any, name: str, variable: str) -> bool:
@@ -378,7 +378,7 @@ class _Writer:
                 return e, a or b
             case _ if isinstance(e, SCOPES):
                 return e, False
-        _replace_parts(e, self.forced)
+        replace_parts(e, self.forced)
         return e, False
 
     def _in_order(self, expressions: Sequence[ast.expr]) -> tuple[list[ast.expr], list[bool]]:
@@ -406,7 +406,7 @@ class _Writer:
     def _call(self, e: ast.Call) -> tuple[ast.expr, bool]:
         function = e.func
         if is_inert(e) or (isinstance(function, ast.Name) and function.id in LOOKING):
-            _replace_parts(e, self.forced)
+            replace_parts(e, self.forced)
             return e, False
         own = set(names_read(e))
         waiting = [name for name in self._waiting if name not in own]
@@ -474,7 +474,7 @@ class _Writer:
 _STATEMENTS_WITH_BODIES = (ast.For, ast.While, ast.With, ast.Try)
 
 
-def _replace_parts(node: ast.AST, replace: Any) -> None:
+def replace_parts(node: ast.AST, replace: Any) -> None:
     """Put what ``replace`` returns in the place of each expression right under the node."""
     for field, value in ast.iter_fields(node):
         if isinstance(value, ast.expr):
