@@ -126,23 +126,21 @@ _METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"}
 _METHOD_OF = {name: getattr(Tensor, name) for name in _METHODS}
 ADDITIONS = (torch.add, operator.add)
 
-# For each module: the name, the module's forward, and where the function stands that this forward calls.
-_MODULES: dict[type[nn.Module], tuple[str, Any, Any, Any]] = {
-    cls: (name, cls.forward, place, getattr(place, name))
-    for cls, name, place in (
-        (nn.ReLU, "relu", F),
-        (nn.ReLU6, "relu6", F),
-        (nn.LeakyReLU, "leaky_relu", F),
-        (nn.ELU, "elu", F),
-        (nn.SiLU, "silu", F),
-        (nn.GELU, "gelu", F),
-        (nn.Hardswish, "hardswish", F),
-        (nn.Sigmoid, "sigmoid", torch),
-        (nn.Tanh, "tanh", torch),
+# For each module: the name, the module's forward, and the function that this forward calls, with its place and name.
+_MODULES: dict[type[nn.Module], tuple[str, Any, Any, str, Any]] = {
+    cls: (name, cls.forward, place, called, getattr(place, called))
+    for cls, name, place, called in (
+        (nn.ReLU, "relu", F, "relu"),
+        (nn.ReLU6, "relu6", F, "hardtanh"),  # nn.ReLU6 inherits the forward of nn.Hardtanh
+        (nn.LeakyReLU, "leaky_relu", F, "leaky_relu"),
+        (nn.ELU, "elu", F, "elu"),
+        (nn.SiLU, "silu", F, "silu"),
+        (nn.GELU, "gelu", F, "gelu"),
+        (nn.Hardswish, "hardswish", F, "hardswish"),
+        (nn.Sigmoid, "sigmoid", torch, "sigmoid"),
+        (nn.Tanh, "tanh", torch, "tanh"),
     )
 }
-# nn.ReLU6 is a subclass of nn.Hardtanh and inherits its forward, which calls this function.
-_MODULES[nn.ReLU6] = ("relu6", nn.ReLU6.forward, F, F.hardtanh)
 
 
 def _is_intact(name: str) -> bool:
@@ -159,9 +157,8 @@ def activation_of(module: nn.Module) -> NameAndParam | None:
     found = _MODULES.get(type(module))
     if found is None:
         return None
-    name, forward, place, function = found
-    called = F.hardtanh if name == "relu6" else getattr(place, name)
-    if type(module).forward is not forward or called is not function:
+    name, forward, place, called, function = found
+    if type(module).forward is not forward or getattr(place, called) is not function:
         return None
     if "forward" in module.__dict__ or not is_bare(module) or not _is_intact(name):
         return None

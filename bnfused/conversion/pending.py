@@ -35,6 +35,9 @@ from bnfused.conversion.facts import (
 _tracing_state = torch._C._get_tracing_state
 _WAITING, _DONE, _TAKEN = range(3)
 
+_ADD = "followed by add"
+_ADDS_IN_PLACE = "something is changed in place by adding its output"
+
 
 class Pending:
     """A batch norm, perhaps with an add, that was called and has not run yet.
@@ -122,9 +125,10 @@ class Execution:
     def run_forward(self, forward: FusedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return forward.run(args, kwargs, self)
 
-    def run_method(self, module: nn.Module, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A method of a module, rewritten if that module's forward is."""
-        forward = module.__dict__.get("forward")
+    def run_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function; if it is a method of a module whose forward is rewritten, the rewritten method."""
+        module = module_of_method(function)
+        forward = None if module is None else module.__dict__.get("forward")
         twin = forward.twin_of(function.__func__) if isinstance(forward, FusedForward) else None
         return self.plain(function, args, kwargs) if twin is None else twin(module, *args, **kwargs)
 
@@ -160,10 +164,7 @@ class Execution:
                 if activation is not None:
                     return self._finish(value, activation)
             value = self.force(value, function)
-        module = module_of_method(function)
-        if module is not None:
-            return self.run_method(module, function, (value,), {})
-        return self.plain(function, (value,), {})
+        return self.run_function(function, (value,), {})
 
     def call_module(self, module: nn.Module, value: Any) -> Any:
         """``module(value)``."""
@@ -197,27 +198,25 @@ class Execution:
 
     def call_with(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``."""
+        is_module = isinstance(function, nn.Module)
+        if len(args) == 1 and not kwargs and is_module:
+            return self.call_module(function, args[0])
         if args and type(args[0]) is Pending and args[0].state == _WAITING:
             activation = activation_call(function, args[1:], kwargs)
             if activation is not None:
                 return self._finish(args[0], activation)
-        if len(args) == 2 and not kwargs and not isinstance(function, nn.Module):
+        if len(args) == 2 and not kwargs:
             if any(function is addition for addition in ADDITIONS):
                 return self.add(*args, function)
             if function is operator.iadd:
                 return self.iadd(*args)
-        if isinstance(function, nn.Module) and len(args) == 1 and not kwargs:
-            return self.call_module(function, args[0])
         args = tuple([self.force(value, function) for value in args])
         kwargs = {name: self.force(value, function) for name, value in kwargs.items()}
-        if isinstance(function, nn.Module):
-            forward = function.__dict__.get("forward")
-            if isinstance(forward, FusedForward) and is_bare(function):
-                return self.run_forward(forward, args, kwargs)
-            return self.plain(function, args, kwargs)
-        module = module_of_method(function)
-        if module is not None:
-            return self.run_method(module, function, args, kwargs)
+        if not is_module:
+            return self.run_function(function, args, kwargs)
+        forward = function.__dict__.get("forward")
+        if isinstance(forward, FusedForward) and is_bare(function):
+            return self.run_forward(forward, args, kwargs)
         return self.plain(function, args, kwargs)
 
     def beside(self, waiting: tuple[Any, ...], why: str, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -230,19 +229,15 @@ class Execution:
 
     def add(self, a: Any, b: Any, function: Callable[[Any, Any], Any] = operator.add) -> Any:
         """``a + b``."""
+        added = None
         if type(b) is Pending and b.state == _WAITING:
-            a = self.force(a, "followed by add")
-            added = self._add_to(b, a)
-            if added is not None:
-                return added
+            added = self._add_to(b, a := self.force(a, _ADD))
         elif type(a) is Pending and a.state == _WAITING:
-            b = self.force(b, "followed by add")
-            added = self._add_to(a, b)
-            if added is not None:
-                return added
-        return self.plain(function, (self.force(a, "followed by add"), self.force(b, "followed by add")), {})
+            added = self._add_to(a, b := self.force(b, _ADD))
+        return added or self.plain(function, (self.force(a, _ADD), self.force(b, _ADD)), {})
 
     def _add_to(self, pending: Pending, residual: Any) -> Pending | None:
+        """The batch norm with the residual, which one op runs; None if it cannot."""
         if pending.residual is not None or not self.fits(residual, pending):
             return None
         pending.state = _TAKEN
@@ -250,17 +245,12 @@ class Execution:
 
     def iadd(self, a: Any, b: Any) -> Any:
         """``a += b`` for a variable that may hold a ``Pending``: then nobody else has what is overwritten."""
+        added = None
         if type(a) is Pending and a.state == _WAITING:
-            b = self.force(b, "followed by add")
-            added = self._add_to(a, b)
-            if added is not None:
-                return added
+            added = self._add_to(a, b := self.force(b, _ADD))
         elif type(a) is Pending and a.is_own and type(b) is Pending and b.state == _WAITING:
             added = self._add_to(b, a.output)
-            if added is not None:
-                return added
-        a = self.force(a, "followed by add")
-        return self.plain(operator.iadd, (a, self.force(b, "something is changed in place by adding its output")), {})
+        return added or self.plain(operator.iadd, (self.force(a, _ADD), self.force(b, _ADDS_IN_PLACE)), {})
 
     def method(self, waiting: tuple[Any, ...], name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """``value.name(*args, **kwargs)`` while other batch norms may be waiting."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, _jit_internal, nn
 
+from bnfused.conversion.facts import module_of_method
 from bnfused.conversion.pending import Execution, FusedForward, Pending
 from bnfused.conversion.rewriting import HELPERS, PREFIX, replace_parts
 
@@ -67,7 +68,10 @@ class Preview(Execution):
             return forward.run(args, kwargs, self)
         return self.run_twin(twins.get(type(forward.module).forward), forward.module, args, kwargs)
 
-    def run_method(self, module: nn.Module, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = module_of_method(function)
+        if module is None:
+            return self.plain(function, args, kwargs)
         twins = getattr(module.__dict__.get("forward"), "twins", {})
         return self.run_twin(twins.get(function.__func__), module, args, kwargs)
 
