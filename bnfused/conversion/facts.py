@@ -1,7 +1,7 @@
-"""Facts about a module or a function at the moment of a call: whether fusing it could be noticed, and what it computes.
+"""Facts about a module or a function at the moment of a call: whether fusing could be noticed, and what it computes.
 
-Everything is compared with the torch that was there when bnfused was imported. A function or a method of torch that
-somebody replaces later, as profilers and quantisers do, is not what it was, and is then called as it stands.
+Functions and methods of torch are compared with those that were there when bnfused was imported. Profilers and
+quantisers replace some of them later. A function that was replaced is not fused, but called.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from bnfused import modules, sync
 
-# Each batch norm of bnfused inherits one of these: a class that has it normalizes as bnfused does.
+# Each batch norm of bnfused inherits one of these two, so that they tell its class.
 NORMALIZE = modules.BatchNorm2d.forward
 SYNCHRONIZE = sync.SyncBatchNorm.forward
 
@@ -30,7 +30,7 @@ _SEQUENTIAL_FORWARD = nn.Sequential.forward
 
 
 def class_forward(module: nn.Module) -> Any:
-    """The forward of the module's class; None for a class without one, as that of a module of ``torch.jit``."""
+    """The forward of the module's class. A module of ``torch.jit`` has none: then it is None."""
     return getattr(type(module), "forward", None)
 
 
@@ -60,7 +60,7 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
-# Modules that return their input itself in eval or where they drop nothing: the attribute that says how much they drop.
+# Modules that return their input itself if they drop nothing. The value names the attribute with the probability.
 _DROPS = {
     ("torch.nn.modules.dropout", "Dropout"): "p",
     ("torch.nn.modules.dropout", "Dropout1d"): "p",
@@ -101,7 +101,7 @@ def is_transparent(module: nn.Module) -> bool:
 # (name for ``batch_norm``, activation_param)
 NameAndParam = tuple[str, float | None]
 
-# For each activation of torch.nn.functional: the name of its parameter, and the functions and methods that compute it.
+# For each activation of torch.nn.functional, the name of its parameter; then the functions that compute each.
 _PARAMETERS: dict[str, str | None] = {
     "relu": None,
     "relu6": None,
@@ -120,7 +120,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
     torch.tanh: "tanh",
 }
-# What torch.nn.functional.relu calls in its turn; the functions of the other activations are not written in Python.
+# torch.nn.functional.relu calls these. The functions of the other activations are not written in Python.
 _RELU = (torch.relu, torch.relu_)
 _METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"}
 _METHOD_OF = {name: getattr(Tensor, name) for name in _METHODS}
@@ -205,7 +205,7 @@ def module_of_method(function: Any) -> nn.Module | None:
 
 
 def fits(residual: Any, x: Any) -> bool:
-    """Whether the op takes ``residual`` beside ``x``: nothing has to be broadcast, promoted, moved or copied."""
+    """Whether the op takes ``residual`` with ``x``: nothing has to be broadcast, promoted, moved or copied."""
     return (
         isinstance(residual, Tensor)
         and isinstance(x, Tensor)
@@ -229,6 +229,6 @@ def _have_one_memory_order(a: Tensor, b: Tensor) -> bool:
 
 
 def name_of(function: Callable[..., Any] | Any) -> str:
-    """What a report calls a function or a module."""
+    """The name of a function or a module in a report."""
     name = getattr(function, "__name__", None)
     return name if isinstance(name, str) else type(function).__name__

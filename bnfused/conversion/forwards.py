@@ -1,4 +1,4 @@
-"""The forwards that ``convert`` gives to modules: each hides the forward of a class, and fuses inside of it."""
+"""The forwards that ``convert`` gives to modules. Each hides the forward of a class, and fuses inside it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NormalizingForward(FusedForward):
     process_group: Any = None
 
     def normalize(self, *args: Any, **kwargs: Any) -> Any:
-        """The batch norm alone; takes what ``NORMALIZE`` takes after the module."""
+        """Run the batch norm alone. It takes the arguments of ``NORMALIZE`` but the module."""
         if self.synchronized:
             return sync.synchronized_forward(self.module, *args, **kwargs, process_group=self.process_group)
         return NORMALIZE(self.module, *args, **kwargs)
@@ -65,7 +65,7 @@ class NormActForward(NormalizingForward):
         if len(args) != 1 or kwargs:
             return on.plain(self.original, args, kwargs)
         if isinstance(args[0], fx.Proxy):
-            # torch.fx calls the module by its name, and so gets what follows the batch norm as well.
+            # torch.fx records a call of the whole module, with drop and activation.
             in_graph = modules.is_part_of_trace(self.module, args[0])
             return modules.leaf_of_trace(self.module, args[0], {}) if in_graph else self.original(*args)
         y: Any = Pending(self.module, self.normalize, args[0])
@@ -111,14 +111,14 @@ class BlockForward(FusedForward):
         return self._twins
 
     def twin_of(self, function: Any) -> Any:
-        """The rewritten function; None for one that is not, or that was given to the class since."""
-        if self._twins is None and is_compiling():  # loaded and never called: reading files is not for the compiler
+        """The rewritten function, or None: also for a function that the class was given later."""
+        if self._twins is None and is_compiling():  # the compiler cannot read source files
             return None
         twin = self.twins.get(function)
         return None if twin is None else twin.function
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module}  # rewritten again where it is loaded, from the code that is there
+        return {"module": self.module}  # loading it rewrites the code that is there
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module = state["module"]
@@ -145,7 +145,7 @@ class BlockForward(FusedForward):
 
 
 def ends_in_batch_norm(module: nn.Module) -> bool:
-    """Whether the module may return the output of a batch norm of bnfused, which then could be asked for more."""
+    """Whether the module may return the output of a batch norm of bnfused, which could be fused with the next op."""
     forward = module.__dict__.get("forward")
     if forward is not None:
         return isinstance(forward, FusedForward) and forward.ends_in_batch_norm()
@@ -168,7 +168,7 @@ def called_from(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def fusing_forward(module: nn.Module) -> SequenceForward | BlockForward | None:
-    """The forward that could fuse what the module's own does with its children."""
+    """A forward for the module that fuses calls of its children, or None."""
     if "forward" in module.__dict__ or isinstance(module, _BatchNorm):
         return None
     if is_sequence(module):
@@ -182,19 +182,19 @@ def fusing_forward(module: nn.Module) -> SequenceForward | BlockForward | None:
 
 
 class Twin:
-    """A function and its rewritten twin; ``function`` takes what the other one takes, and may return a ``Pending``."""
+    """The rewritten twin of a function: ``function`` takes the same arguments, and may return a ``Pending``."""
 
     def __init__(self, original: FunctionType, rewritten: Rewritten) -> None:
         self.rewritten = rewritten
         self.function = rewritten.bind(original, {name: getattr(EXECUTION, name) for name in HELPERS})
 
 
-# For each class: its forward when it was rewritten, and the twins.
+# For each class, the forward that was rewritten, and the twins.
 _known: weakref.WeakKeyDictionary[type, tuple[Any, dict[FunctionType, Twin]]] = weakref.WeakKeyDictionary()
 
 
 def _twins_of(cls: type) -> tuple[dict[FunctionType, Twin], str | None]:
-    """The rewritten forward of a class and the methods that it may call, and why there is none."""
+    """The rewritten forward of a class and the methods that it may call; or why there is none."""
     forward = cls.forward  # type: ignore[attr-defined]
     known = _known.get(cls)
     if known is not None and known[0] is forward:

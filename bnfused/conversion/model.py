@@ -1,4 +1,4 @@
-"""``convert`` and ``revert``: what is changed in a network."""
+"""``convert`` and ``revert`` change a network."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def convert(
 
     Parameters, buffers, hooks, names, ``state_dict`` and the classes of all other modules are kept. A subclass of
     torch's batch norm keeps its class; one with a forward of its own is left alone, except timm's ``BatchNormAct2d``,
-    which becomes one fused op. What was left alone, ``fusion_report`` tells.
+    which becomes one fused op. ``fusion_report`` lists what was left alone.
 
     Args:
         model: any module; converting a converted one is harmless, and finds what was changed since.
@@ -50,8 +50,8 @@ def convert(
         inplace: convert ``model`` itself instead of a deep copy. Process groups are not copied.
         sync: make every batch norm a ``bnfused.SyncBatchNorm``, or have it compute as one. Without it,
             ``torch.nn.SyncBatchNorm`` becomes one all the same, and the others keep to their process.
-        process_group: whose statistics, with ``sync``; None means all processes, and for a batch norm that was
-            synchronized before, the group that it has.
+        process_group: with ``sync``, the processes that share statistics. None means all of them, or, for a batch
+            norm that was synchronized before, the group that it has.
 
     Returns:
         The converted model.
@@ -64,7 +64,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
     if process_group is not None and not sync:
-        raise ValueError("convert: expected sync=True beside process_group, got sync=False")
+        raise ValueError("convert: expected sync=True with process_group, got sync=False")
     if sync:
         _refuse_lazy(model)
     if not inplace:
@@ -152,7 +152,7 @@ def _synchronize(module: nn.Module, process_group: Any) -> None:
 
 
 def _desynchronize(module: SyncBatchNorm) -> None:
-    """Its class is what it was, or torch's; what it had as a ``SyncBatchNorm`` is gone."""
+    """Give the module its former class, or torch's, and remove the attributes of a ``SyncBatchNorm``."""
     module.__dict__.pop("check_ranks", None)
     cls = module.__dict__.pop("converted_from", None)
     if cls is not None:
@@ -161,7 +161,7 @@ def _desynchronize(module: SyncBatchNorm) -> None:
 
 
 def inherits_forward(cls: type[nn.Module]) -> bool:
-    """Whether a subclass of torch's batch norm computes as that does: it changes nothing that forward looks at."""
+    """Whether a subclass of torch's batch norm computes the same: it changes nothing that forward reads."""
     looked_at = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "__getattribute__")
     return (
         cls.forward is _BatchNorm.forward
@@ -171,7 +171,7 @@ def inherits_forward(cls: type[nn.Module]) -> bool:
 
 
 def _is_timm_norm_act(module: nn.Module) -> bool:
-    """timm's batch norm, drop and activation in one module; by name, so that timm need not be there."""
+    """Whether it is timm's module of batch norm, drop and activation. Its name tells, so timm is not imported."""
     cls = type(module)
     return (cls.__module__, cls.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d")
 

@@ -1,7 +1,7 @@
-"""What a rewritten forward calls: helpers that let a batch norm wait for what follows it, and run both as one op.
+"""The helpers that a rewritten forward calls. They let a batch norm wait for the next call, and run both as one op.
 
-Each call looks at the modules that are there. Where one has hooks, was replaced, drops values or is no activation that
-``batch_norm`` knows, they run one after the other as ever.
+Each helper looks at the modules that are there when it is called. A module that has hooks, was replaced, drops values
+or is no activation that ``batch_norm`` knows runs after the batch norm, as in the original forward.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _ADDS_IN_PLACE = "something is changed in place by adding its output"
 class Pending:
     """A batch norm, perhaps with an add, that was called and has not run yet.
 
-    ``function(x, residual, activation, activation_param)`` runs it. Once it is ``_DONE``, ``output`` has its result,
-    which ``is_own`` as long as nobody else was given it. One that is ``_TAKEN`` became a part of another one.
+    ``function(x, residual, activation, activation_param)`` runs it. Once it is ``_DONE``, ``output`` is its result, and
+    ``is_own`` says that nobody else has that tensor. One that is ``_TAKEN`` became a part of a larger op.
     """
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], x: Any, residual: Any = None) -> None:
@@ -57,7 +57,7 @@ class Pending:
 
 
 class FusedForward:
-    """Hides the forward of a module's class, as an attribute of the module; it is copied and pickled with it."""
+    """The ``forward`` attribute of a converted module. It hides its class's forward; copies and pickles have it too."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -70,7 +70,7 @@ class FusedForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], on: Execution) -> Any:
-        """What ``original`` returns, or a ``Pending`` that stands for it."""
+        """Return the value of ``original``, or a ``Pending`` that stands for it."""
         raise NotImplementedError
 
     def ends_in_batch_norm(self) -> bool:
@@ -78,7 +78,7 @@ class FusedForward:
         raise NotImplementedError
 
     def twin_of(self, function: Any) -> Any:
-        """The rewritten twin of a method of the module, which may return a ``Pending`` too; None if it has none."""
+        """The rewritten twin of a method of the module, or None. It may return a ``Pending``."""
         return None
 
     @property
@@ -88,12 +88,12 @@ class FusedForward:
 
     @property
     def __code__(self) -> CodeType:
-        """Of the forward that this one stands for: torch.export names its line."""
+        """The code of the hidden forward: torch.export reports its line."""
         return type(self.module).forward.__code__
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        """Missing on purpose. torch.jit.script looks for it first, and would find the globals of this file."""
+        """Missing on purpose: torch.jit.script looks here first, and would find the globals of this file."""
         raise AttributeError(
             f"torch.jit.script: expected the forward of {type(self.module).__name__} itself, got the one that "
             "bnfused.convert put before it; script bnfused.revert(model)"
@@ -101,16 +101,16 @@ class FusedForward:
 
 
 class Execution:
-    """The helpers, each of which stands in a rewritten function where a call, an add or a method call stood."""
+    """The helpers. Each stands in a rewritten function in the place of a call, an add or a method call."""
 
-    # ------------------------------------------------------------------ what the report does in another way
+    # ---------------------------------------------------------------------- steps that the preview replaces
 
     def compute(self, pending: Pending, activation: str | None = None, param: float | None = None) -> Any:
         """The output of the op."""
         return pending.function(pending.x, pending.residual, activation, param)
 
     def plain(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that nothing is known of."""
+        """A call that is not fused."""
         return function(*args, **kwargs)
 
     def attribute(self, value: Any, name: str) -> Any:
@@ -120,7 +120,7 @@ class Execution:
         return fits(residual, pending.x)
 
     def note(self, pending: Pending, why: Any) -> None:
-        """Why the batch norm is run alone."""
+        """Take note of why the batch norm runs alone."""
 
     def run_forward(self, forward: FusedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return forward.run(args, kwargs, self)
@@ -135,7 +135,7 @@ class Execution:
     # ---------------------------------------------------------------------------------------- the helpers
 
     def force(self, value: Any, why: Any = "") -> Any:
-        """The tensor that a value stands for, which others may hold from now on."""
+        """The tensor that a value stands for. Others may hold it from now on."""
         if type(value) is not Pending:
             return value
         self._settle(value, why)
@@ -181,7 +181,7 @@ class Execution:
             if forward is None:
                 found = class_forward(module)
                 if found is NORMALIZE or found is SYNCHRONIZE:
-                    # The forward of a bare module takes two thirds of the time of its call, which a recording needs.
+                    # The forward of a bare module takes two thirds of the time of its call. A recording needs the call.
                     recorded = is_compiling() or _tracing_state() is not None
                     return Pending(module, module if recorded else module.forward, value)
                 if is_sequence(module):
@@ -219,8 +219,8 @@ class Execution:
             return self.run_forward(forward, args, kwargs)
         return self.plain(function, args, kwargs)
 
-    def beside(self, waiting: tuple[Any, ...], why: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """``function(*args, **kwargs)`` while other batch norms may be waiting."""
+    def call_after(self, waiting: tuple[Any, ...], why: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)`` after the batch norms that wait, unless it returns its input itself."""
         if not (isinstance(function, nn.Module) and len(args) == 1 and not kwargs and is_transparent(function)):
             for value in waiting:
                 if type(value) is Pending:
@@ -244,7 +244,7 @@ class Execution:
         return Pending(pending.module, pending.function, pending.x, residual)
 
     def iadd(self, a: Any, b: Any) -> Any:
-        """``a += b`` for a variable that may hold a ``Pending``: then nobody else has what is overwritten."""
+        """``a += b`` for a variable that may hold a ``Pending``, whose tensor nobody else has."""
         added = None
         if type(a) is Pending and a.state == _WAITING:
             added = self._add_to(a, b := self.force(b, _ADD))
@@ -253,7 +253,7 @@ class Execution:
         return added or self.plain(operator.iadd, (self.force(a, _ADD), self.force(b, _ADDS_IN_PLACE)), {})
 
     def method(self, waiting: tuple[Any, ...], name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """``value.name(*args, **kwargs)`` while other batch norms may be waiting."""
+        """``value.name(*args, **kwargs)``, after the batch norms that wait."""
         for other in waiting:
             if type(other) is Pending:
                 self._settle(other, f"{name} runs before its output is used")

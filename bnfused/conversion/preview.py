@@ -1,8 +1,8 @@
-"""What the helpers of a rewritten forward would decide, found out without running anything of the user's.
+"""Finds out what the helpers of a rewritten forward would decide, without running any of the user's code.
 
-The tree that was compiled is interpreted with the modules that are there. An expression that only looks at modules,
-constants and settings has its value; every other one is ``UNKNOWN``. A branch that depends on such a value is gone both
-ways. What is unknown is taken for a tensor of the shape, the dtype and the layout that fit.
+It interprets the tree that was compiled, with the modules that are there. An expression that only looks at modules,
+constants and settings has a value. Every other one is ``UNKNOWN``, and is taken for a tensor whose shape, dtype and
+layout fit. If a condition is unknown, both branches are interpreted.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Preview(Execution):
         return self.run_twin(twins.get(function.__func__), module, args, kwargs)
 
     def run_twin(self, twin: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the rewritten function returns."""
+        """The value that the rewritten function would return."""
         if twin is None:
             return UNKNOWN
         try:
@@ -170,7 +170,7 @@ class _Run:
             return self.block(body if truth else other, self.variables)
         before = self.variables
         ends = [(self.block(branch, _copied(before)), self.variables) for branch in (body, other)]
-        # Go on where control does; a value that both return is the first one's.
+        # Go on in the branch that does not return. If both return, the first one's value counts.
         end, self.variables = next((end for end in ends if end[0] is _FALLS_THROUGH), ends[0])
         return end
 
@@ -308,7 +308,7 @@ class _Run:
 
 
 def _copied(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables with batch norms of their own: what one path does with one is not what another path does."""
+    """The variables, with a copy of each batch norm that waits: each branch may do something else with it."""
     return {name: copy.copy(value) if isinstance(value, Pending) else value for name, value in variables.items()}
 
 

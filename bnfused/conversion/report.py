@@ -1,4 +1,4 @@
-"""``fusion_report``: which op runs each batch norm of a model, and why not a larger one."""
+"""``fusion_report`` says which op runs each batch norm of a model, and why not a larger one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from bnfused.conversion.preview import UNKNOWN, Preview
 class FusionEntry(NamedTuple):
     """One batch norm of a model.
 
-    ``op`` is what runs it: ``"batch_norm"`` or ``"sync_batch_norm"``, with ``"+add"`` and ``"+relu"`` (or another
-    activation) where that is in the same op, or ``"torch"``. ``reason`` says why it is not more, and is empty where the
-    op ends in an activation.
+    ``op`` runs it: ``"batch_norm"`` or ``"sync_batch_norm"``, with ``"+add"`` and ``"+relu"`` (or another activation)
+    if the same op does that too, or ``"torch"``. ``reason`` says why the op does no more. It is empty if the op ends
+    in an activation.
     """
 
     name: str
@@ -36,7 +36,7 @@ class FusionEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What ``fusion_report`` found; prints as a table."""
+    """The result of ``fusion_report``; prints as a table."""
 
     entries: tuple[FusionEntry, ...]
 
@@ -54,10 +54,10 @@ class FusionReport:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """For each batch norm of a model, which op runs it, and why that does not do more.
+    """For each batch norm of a model, which op runs it, and why that op does no more.
 
-    The answer is for the model as it is now, in training or in eval, and takes it that a residual has the shape, the
-    dtype and the memory format of what it is added to.
+    The answer is for the model as it is now, in training or in eval. It supposes that a residual has the shape, the
+    dtype and the memory format of the tensor that it is added to.
 
     Args:
         model: any module, converted or not.
@@ -68,7 +68,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fusion_report: expected a torch.nn.Module, got {type(model).__name__}")
     notes = _Notes()
-    # From the outside in: what a module does with its child's output comes before what the child knows itself.
+    # Outer modules first: they know what follows the output of a child, and the child does not.
     for module in model.modules():
         notes.add(module)
     entries = []
@@ -105,7 +105,7 @@ def _why_left_alone(module: nn.Module) -> str:
 
 
 class _Notes:
-    """What a preview tells of each batch norm; the first that is known of one counts."""
+    """Collects the notes of a preview. The first note on a batch norm counts."""
 
     def __init__(self) -> None:
         self.found: dict[int, tuple[str, str]] = {}
@@ -115,12 +115,12 @@ class _Notes:
         self.found.setdefault(id(batch_norm), (_own_op(batch_norm) + fused, _in_words(why)))
 
     def end(self, value: Any, why: str) -> None:
-        """Note the batch norm that a value is the output of, if it is one: nothing else takes it."""
+        """If a value is the output of a batch norm, note that one: nothing follows it."""
         if isinstance(value, Pending):
             self.preview.force(value, why)
 
     def add(self, module: nn.Module) -> None:
-        """Note what is decided by the forward of ``module`` itself."""
+        """Note the batch norms that the forward of ``module`` itself calls."""
         forward = module.__dict__.get("forward")
         is_converted = isinstance(forward, FusedForward)
         if not is_converted:

@@ -11,7 +11,7 @@ The rules below see to it that nothing can notice that a batch norm waits:
   stands ``force(v, why)``, which is the tensor.
 - Between the call of a batch norm and its use only *inert* code runs: names, constants, attributes, ``is``. Before a
   statement with anything else stands ``v = force(v, why)``, which runs the batch norm. Another call is made with
-  ``beside((v, ...), ...)``, which runs it too, unless the call returns its input itself, as an ``Identity`` does.
+  ``call_after((v, ...), ...)``, which runs it too, unless the call returns its input itself, as an ``Identity`` does.
 - A ``Pending`` is used once. A variable that is read again later, or not on every path, is forced first.
 
 The reasons ``why`` are for the report, which interprets the same tree (``preview.py``).
@@ -44,30 +44,30 @@ from bnfused.conversion.trees import (
     word_for,
 )
 
-HELPERS = ("call", "call_with", "beside", "add", "iadd", "method", "force")
+HELPERS = ("call", "call_with", "call_after", "add", "iadd", "method", "force")
 PREFIX = "__bnfused_"
 
 _TWICE = "its output is used more than once"
 _UNUSED = "its output is not used"
 _ELSEWHERE = "its output is used in another way"
 
-# They read or write the variables of the function that calls them; vars and dir do without an argument.
+# These read or write the variables of their caller. So do vars and dir without an argument.
 _READS_VARIABLES = {"locals", "eval", "exec", "_getframe", "currentframe"}
 
 
-# What a batch norm writes when it runs: a forward that reads one of these must find it written.
+# A batch norm writes these when it runs. A forward that reads one must find it written.
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 
 class Rewritten(NamedTuple):
-    """A rewritten function: what it is compiled from, its code, and whether it may return a ``Pending``."""
+    """A rewritten function: its tree, its code, and whether it may return a ``Pending``."""
 
     tree: ast.FunctionDef
     code: CodeType
     returns_pending: bool
 
     def bind(self, function: FunctionType, helpers: dict[str, Any]) -> FunctionType:
-        """The rewritten code with everything else as ``function`` has it: globals, defaults and closure."""
+        """A function of the rewritten code, with the globals, defaults and closure of ``function``."""
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         cells |= {PREFIX + name: CellType(helper) for name, helper in helpers.items()}
         closure = tuple(cells[name] for name in self.code.co_freevars)
@@ -81,7 +81,7 @@ def rewrite(function: FunctionType, computed: Collection[str] = ()) -> Rewritten
     """The function, rewritten. ``computed``: attributes that run code when they are read.
 
     Raises:
-        Unreadable: it has no source, or is more than such a rewriting understands.
+        Unreadable: it has no source, or has something that cannot be rewritten.
     """
     if hasattr(function, "__wrapped__"):
         raise Unreadable("is wrapped by a decorator")
@@ -157,7 +157,7 @@ def _name(name: str) -> ast.Name:
 
 
 def _at(statements: list[ast.stmt], place: ast.AST) -> list[ast.stmt]:
-    """The statements, with the line of ``place`` where they have none: tracebacks show the user's own lines."""
+    """Give new statements the line of ``place``, so that tracebacks show the user's own lines."""
     for statement in statements:
         for node in ast.walk(statement):
             if isinstance(node, (ast.stmt, ast.expr, ast.keyword, ast.arg)) and not hasattr(node, "lineno"):
@@ -175,8 +175,8 @@ class _Writer:
         self._locals = {*function.__code__.co_varnames, *function.__code__.co_cellvars, *function.__code__.co_freevars}
         self._first_argument = next(iter(function.__code__.co_varnames), "")
         self._temporaries = 0
-        # For the expression that is being rewritten: the variables that may hold a Pending, each of which it reads once
-        # at the most, and all names, temporary ones too, that may hold one while a call runs.
+        # In the expression that is being rewritten: the variables that may hold a Pending, each read once at most; and
+        # all names that may hold one while a call runs, temporary ones too.
         self._held: set[str] = set()
         self._waiting: list[str] = []
 
@@ -197,7 +197,7 @@ class _Writer:
     ) -> tuple[list[ast.stmt], _End]:
         """The statements rewritten. ``after``: variables that are read behind them.
 
-        What ``is_protected``, in a ``with`` or a ``try``, returns no ``Pending``, which would run outside.
+        ``is_protected``: they stand in a ``with`` or a ``try``, and return no ``Pending``, which would run outside.
         """
         written: list[ast.stmt] = []
         end: _End = state
@@ -241,7 +241,7 @@ class _Writer:
         return [*before, s], _State(set(), state.bound)
 
     def _inner(self, body: list[ast.stmt], state: _State, live: set[str], is_protected: bool) -> list[ast.stmt]:
-        """The statements inside of another one, at whose end no variable holds a ``Pending``."""
+        """The statements inside another one. At their end no variable holds a ``Pending``."""
         new, end = self.block(body, state, live, is_protected)
         if end is not None:
             new += _at(self.released(end.held, "a block of statements ends before its output is used"), body[-1])
@@ -260,7 +260,7 @@ class _Writer:
             ends.append(end)
         for branch, end, other in ((s.body, ends[0], ends[1]), (s.orelse, ends[1], ends[0])):
             if end is not None and other is not None:
-                # Without a value on the other path it could not be forced behind both.
+                # If the other path gives it no value, it cannot be forced behind both.
                 branch += _at(self.released(end.held - other.bound, "it is assigned on one path only"), s)
         found = [end for end in ends if end is not None]
         if not found:
@@ -269,7 +269,7 @@ class _Writer:
         return [*before, s], _State(set().union(*(end.held for end in found)) & bound, bound)
 
     def _for(self, s: ast.For, state: _State, live: set[str], is_protected: bool) -> tuple[list[ast.stmt], _End]:
-        """A loop over what is known without running anything: a ``Pending`` may pass from round to round."""
+        """A loop whose iterable is inert. A ``Pending`` may pass from round to round."""
         targets = names_written(s.target)
         early = state.held & {*names_read(s.iter), *targets}
         before = self.released(early, _ELSEWHERE)
@@ -285,7 +285,7 @@ class _Writer:
                 break
             crossing |= left & state.bound
         s.body += _at(self.released(left - state.bound, "a round of the loop ends before its output is used"), s)
-        # A break leaves with what was held before it, all of which was forced there.
+        # At a break, every variable was forced: none holds a Pending.
         return [*before, s], _State(crossing, state.bound)
 
     def _simple(self, s: Any, state: _State, live: set[str], is_protected: bool) -> tuple[list[ast.stmt], _End]:
@@ -350,7 +350,7 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------ expressions
 
     def plain(self, e: Any) -> Any:
-        """The expression in a place where nothing waits, and with a tensor for its value."""
+        """The expression, rewritten where no batch norm waits. Its value is a tensor."""
         self._held, self._waiting = set(), []
         return self.forced(e)
 
@@ -382,7 +382,7 @@ class _Writer:
         return e, False
 
     def _in_order(self, expressions: Sequence[ast.expr]) -> tuple[list[ast.expr], list[bool]]:
-        """Expressions that are evaluated one after the other and then given to one helper."""
+        """Rewrite expressions that are evaluated one after the other and then given to one helper."""
         new: list[ast.expr] = []
         holding: list[bool] = []
         waiting = list(self._waiting)
@@ -431,7 +431,7 @@ class _Writer:
             return e, False
         if waiting:
             why = ast.Constant(f"{word_for(e)} runs before its output is used")
-            new = self.helper("beside", self._tuple(waiting), why, function, *arguments, keywords=keywords)
+            new = self.helper("call_after", self._tuple(waiting), why, function, *arguments, keywords=keywords)
         elif len(arguments) == 1 and not keywords and not isinstance(arguments[0], ast.Starred):
             new = self.helper("call", function, *arguments)
         else:
@@ -475,7 +475,7 @@ _STATEMENTS_WITH_BODIES = (ast.For, ast.While, ast.With, ast.Try)
 
 
 def replace_parts(node: ast.AST, replace: Any) -> None:
-    """Put what ``replace`` returns in the place of each expression right under the node."""
+    """Replace each expression directly under the node by what ``replace`` returns for it."""
     for field, value in ast.iter_fields(node):
         if isinstance(value, ast.expr):
             setattr(node, field, replace(value))
@@ -488,7 +488,7 @@ def replace_parts(node: ast.AST, replace: Any) -> None:
 
 
 def _at_place(new: ast.expr, place: ast.expr) -> ast.expr:
-    """The expression with the location of the one that it stands for."""
+    """Give a new expression the location of the one that it stands for."""
     for node in ast.walk(new):
         if isinstance(node, (ast.expr, ast.keyword)) and not hasattr(node, "lineno"):
             ast.copy_location(node, place)

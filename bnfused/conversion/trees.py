@@ -1,11 +1,11 @@
-"""Facts about the syntax tree of a function: what evaluating a part of it can notice, reads and writes."""
+"""Facts about the syntax tree of a function: which variables a part reads and writes, and what it can notice."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator, Sequence
 
-# Builtins that look at their arguments and do nothing else, as long as no tensor is among these.
+# Builtins that only look at their arguments, if none of these is a tensor.
 LOOKING = {"callable", "enumerate", "getattr", "hasattr", "id", "isinstance", "issubclass", "len", "range", "reversed"}
 LOOKING |= {"super", "type", "zip"}
 
@@ -15,7 +15,7 @@ SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.S
 
 
 def names_read(node: ast.AST) -> list[str]:
-    """The variables that the node reads, once for each time."""
+    """The variables that the node reads; one that it reads twice is there twice."""
     names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
     if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
         names.append(node.target.id)
@@ -27,7 +27,7 @@ def names_written(node: ast.AST) -> set[str]:
 
 
 def mark_computed(tree: ast.AST, names: Collection[str]) -> None:
-    """Mark the reads of these attributes, which run code: those of properties and their like."""
+    """Mark the reads of these attributes. They run code, as a property does."""
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(attr=name):
@@ -79,7 +79,7 @@ def has_call(node: ast.AST) -> bool:
 
 
 def is_made_of_calls(node: ast.AST | None) -> bool:
-    """Whether all of the node that is not inert are calls, adds and choices, which are rewritten."""
+    """Whether the node consists of inert parts, and of calls, adds and choices, which are rewritten."""
     if is_inert(node):
         return True
     if getattr(node, "is_computed", False):
@@ -101,7 +101,7 @@ def is_made_of_calls(node: ast.AST | None) -> bool:
 
 
 def conditional_parts(node: ast.AST) -> Iterator[ast.AST]:
-    """Parts of an expression that are not evaluated in every run, or more than once."""
+    """Parts of an expression that a run may evaluate never, or more than once."""
     for inner in ast.walk(node):
         if isinstance(inner, ast.IfExp):
             yield from (inner.body, inner.orelse)
@@ -114,7 +114,7 @@ def conditional_parts(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def evaluated(node: ast.AST) -> Iterator[ast.AST]:
-    """The parts of an expression in the order in which Python is done with them."""
+    """The parts of an expression, in the order in which Python evaluates them."""
     parts = [node.test, node.body, node.orelse] if isinstance(node, ast.IfExp) else ast.iter_child_nodes(node)
     for part in parts:
         yield from evaluated(part)
@@ -122,7 +122,7 @@ def evaluated(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def is_read_first(expression: ast.AST, name: str) -> bool:
-    """Whether nothing but calls and inert code is evaluated before the variable is read."""
+    """Whether only calls and inert code are evaluated before the variable is read."""
     for node in evaluated(expression):
         if isinstance(node, ast.Name) and node.id == name:
             return True
@@ -165,7 +165,7 @@ _SYMBOLS = {ast.Mult: "mul", ast.Sub: "sub", ast.Div: "div", ast.MatMult: "matmu
 
 
 def word_for(node: ast.AST) -> str:
-    """What a report calls a statement or an expression."""
+    """The name of a statement or an expression in a report."""
     match node:
         case ast.BinOp(op=op):
             return _SYMBOLS.get(type(op), type(op).__name__.lower())

@@ -175,7 +175,7 @@ def test_synchronized_and_back():
 
 def test_sync_is_asked_for_plainly():
     """A group without sync, or a layer that would not be synchronized in its first call, is an error."""
-    with pytest.raises(ValueError, match="expected sync=True beside process_group"):
+    with pytest.raises(ValueError, match="expected sync=True with process_group"):
         bnfused.convert(nn.BatchNorm2d(C), process_group="ours")
     model = nn.Sequential(nn.BatchNorm1d(C), nn.LazyBatchNorm1d())
     with pytest.raises(ValueError, match="got LazyBatchNorm1d at 1; run the model once first"):

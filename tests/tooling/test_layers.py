@@ -30,7 +30,7 @@ PYTHON = {
     "conversion.trees": set(),
     "conversion.rewriting": {"conversion.source", "conversion.trees"},
     "conversion.pending": {"conversion.facts"},
-    "conversion.preview": {"conversion.pending", "conversion.rewriting"},
+    "conversion.preview": {"conversion.facts", "conversion.pending", "conversion.rewriting"},
     "conversion.forwards": {
         *("conversion.facts", "conversion.pending", "conversion.rewriting", "conversion.source"),
         *("modules", "sync"),
