@@ -69,7 +69,7 @@ def self_test(device: str) -> list[tuple[str, float]]:
 
 
 def check() -> int:
-    """Print what is here and the self-test of each device; the exit status."""
+    """Print what is here and the self-test of each device; the exit status, 1 if a result or the extension fails."""
     for name, value in describe():
         print(f"{name:22s} {value}")
     start = time.perf_counter()
@@ -80,6 +80,9 @@ def check() -> int:
         for layout, error in self_test(device):
             failed |= not error <= TOLERANCE
             print(f"self-test {layout:18s} largest error {error:.1e} of {TOLERANCE:.0e} allowed ({backend})")
+    if not bnfused.is_available():
+        print("FAILED: the extension is not loaded, so the slow reference path ran")
+        return 1
     print(f"{'FAILED' if failed else 'ok'} in {time.perf_counter() - start:.2f} s")
     return int(failed)
 

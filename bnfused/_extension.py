@@ -21,7 +21,12 @@ from torch import Tensor
 
 from bnfused import fake
 
-REBUILD = "pip install --no-build-isolation -e ."
+# An installed package is in site-packages, without its sources.
+REBUILD = "pip install --no-build-isolation " + (
+    "-e ."
+    if Path(__file__).parents[1].joinpath("setup.py").exists()
+    else "--no-deps --force-reinstall <folder, archive or URL of bnfused's sources>"
+)
 
 # Every op that the package calls. An extension that was built from older sources may lack some.
 OPS = tuple(fake.KERNELS)
