@@ -141,13 +141,20 @@ def ninja_file() -> str:
     return "\n".join(lines) + "\n"
 
 
-@cache
 def build(*targets: str) -> Path:
-    """Brings the targets up to date; the path of the first.
+    """Brings the targets up to date, once in a process; the path of the first.
 
     Raises:
-        RuntimeError: the compiler failed; its output is the message.
+        RuntimeError: the compiler failed, now or in an earlier call; its output is the message.
     """
+    if failure := _build_once(*targets):
+        raise RuntimeError(failure)
+    return OUTPUT / targets[0]
+
+
+@cache  # a failure too: another try takes the compiler half a minute, and each test of the device would make one
+def _build_once(*targets: str) -> str:
+    """The command and its output if the build failed, otherwise an empty string."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
     with (OUTPUT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
@@ -158,9 +165,7 @@ def build(*targets: str) -> Path:
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         command = [find_ninja(), "-C", str(OUTPUT), "-j", jobs, *targets]
         result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-    return OUTPUT / targets[0]
+    return f"{' '.join(command)}\n{result.stdout}{result.stderr}" if result.returncode else ""
 
 
 def find_ninja() -> str:

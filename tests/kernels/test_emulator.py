@@ -148,3 +148,18 @@ def test_every_barrier_can_be_dropped(kernel: str):
         if not wrong and run(thread, kernel, site).returncode != 66:
             unnoticed.append(f"{site}: {SOURCE.splitlines()[int(site.rpartition(':')[2]) - 1].strip()}")
     assert not unnoticed
+
+
+def test_a_failed_build_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    """Each test of the device asks for the build, and the compiler takes half a minute to fail."""
+    calls = []
+
+    def ninja(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1, "emulated_ops.cpp: error: ", "ambiguous")
+
+    monkeypatch.setattr(subprocess, "run", ninja)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="error: ambiguous"):
+            build("a program that does not compile")
+    assert len(calls) == 1

@@ -184,6 +184,14 @@ def test_includes_point_down():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_namespace_of_ours_is_called_detail():
+    """Torch has a global one since 2.14: ``detail::f`` is ambiguous in each file that says ``using namespace``."""
+    files = [*(ROOT / "csrc").rglob("*"), *(ROOT / "tests").rglob("*")]
+    texts = {path: path.read_text() for path in files if path.suffix in (".h", ".cpp", ".cu", ".cuh")}
+    assert texts
+    assert [path for path, text in texts.items() if re.search(r"\bnamespace ([\w:]*::)?detail\b", text)] == []
+
+
 def test_imports_point_down():
     """modules -> functional -> ops; the reference knows nothing of the kernels."""
     files = _sources("bnfused", ".py")
