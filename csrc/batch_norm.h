@@ -1,6 +1,6 @@
-// The bridge between the ops and the backends: plain types that every compiler may include. <cstdint> only.
+// The bridge between the ops and the backends: plain types that every compiler may include. It needs only <cstdint>.
 //
-// A dense tensor (N, C, *) is `outer` x `channels` x `inner` values in memory order, whatever its strides are: NCHW is
+// A dense tensor (N, C, *) has `outer` x `channels` x `inner` values in memory order, whatever its strides are. NCHW is
 // (N, C, H*W), channels_last and (N, C) are (rows, C, 1), and a tensor with C outermost is (1, C, rest).
 #pragma once
 #include <cstdint>
@@ -36,9 +36,8 @@ struct Problem {
   constexpr int64_t numel() const { return outer * channels * inner; }
 };
 
-// Bytes of the ReLU mask, which has one bit for each value. With channels innermost the whole tensor is one run of
-// bits; otherwise every plane has whole bytes. Each backend chooses the order of the bits. bnfused/fake.py has the same
-// rule.
+// Bytes of the ReLU mask, which has one bit for each value. With channels innermost, the bits have no gaps. Otherwise
+// every plane has whole bytes. Each backend chooses the order of the bits. bnfused/fake.py has the same rule.
 constexpr int64_t mask_bytes(const Problem& p) {
   return p.inner == 1 ? (p.numel() + 7) / 8 : p.outer * p.channels * ((p.inner + 7) / 8);
 }
@@ -57,9 +56,8 @@ struct Epilogue {
 };
 
 // The moments of a part of a batch as they travel between processes. For a float64 batch they are float64. Otherwise
-// they are float32, and a mean is the sum of two values, as the count is: 48 bits each. The standard deviation travels,
-// sqrt(m2 / count), because float32 holds it wherever it holds x. m2 would overflow where x passes 1e19, and would be 0
-// where x is below 1e-22.
+// they are float32, and the mean and the count are sums of two values, which have 48 bits. The standard deviation
+// sqrt(m2 / count) travels, because it has the range of x. m2 would overflow for x above 1e19, and be 0 below 1e-22.
 struct PackedMoments {
   PerChannel mean, mean_rest, deviation;  // (channels), one after the other; only float32 has the rests
   PerChannel count, count_rest;           // one value each, after them
@@ -80,8 +78,7 @@ inline PackedMoments packed_at(void* data, int64_t channels, DType dtype) {
   return {at(0), at(channels), at(2 * channels), at(3 * channels), at(3 * channels + 1)};
 }
 
-// The part of a value that is lost when it is rounded to float32. It is 0 for a value that becomes infinity, because
-// the sum of both would be NaN.
+// What rounding a value to float32 loses. It is 0 if the value becomes infinite, because the sum of both would be NaN.
 constexpr double rest_of(double value) {
   const double rest = value - double(float(value));
   return rest - rest == 0 ? rest : 0;
@@ -93,8 +90,7 @@ struct MomentsArgs {
   PackedMoments moments;  // out
 };
 
-// Merges the moments of the parts of a batch into those of the whole batch. If a part has no values, its mean and
-// deviation may hold anything.
+// Merges the moments of the parts of a batch. If a part has no values, its mean and deviation may have any value.
 struct GatherArgs {
   int64_t parts, channels;
   PackedMoments moments;  // of the first part; those of the next part lie `stride` values further on
@@ -102,8 +98,7 @@ struct GatherArgs {
   PackedMoments merged;                  // out, may be absent
   PerChannel running_mean, running_var;  // not changed if there are fewer than two values in all
   int64_t* num_batches_tracked;          // may be nullptr
-  double* batch_mean;                    // out, (channels)
-  double* batch_var;                     // out, (channels): biased
+  double *batch_mean, *batch_var;        // out, (channels); the variance is biased
   double* batch_count;                   // out, one value
   double momentum;
   bool cumulative;  // as in TrainArgs
@@ -116,11 +111,9 @@ struct TrainArgs {
   uint8_t* mask;  // nullptr unless the backward will want it
   PerChannel weight, bias, running_mean, running_var;
   int64_t* num_batches_tracked;  // may be nullptr
-  double* mean;                  // out, (channels)
-  double* invstd;                // out, (channels): 1 / sqrt(biased variance + eps)
-  double eps;
-  double momentum;  // weight of the new batch
-  bool cumulative;  // momentum is then 1 / num_batches_tracked, where this batch is counted too
+  double *mean, *invstd;         // out, (channels); invstd is 1 / sqrt(biased variance + eps)
+  double eps, momentum;          // momentum is the weight of the new batch
+  bool cumulative;               // momentum is replaced by 1 / num_batches_tracked, which counts this batch too
   Epilogue epilogue;
 };
 
@@ -131,8 +124,7 @@ struct ApplyArgs {
   void* y;
   uint8_t* mask;
   PerChannel weight, bias, running_mean, running_var;
-  double* mean;    // out, or nullptr if no backward follows
-  double* invstd;  // out, or nullptr if no backward follows
+  double *mean, *invstd;  // out, or nullptr if no backward follows
   double eps;
   Epilogue epilogue;
 };
@@ -144,9 +136,8 @@ struct BackwardArgs {
   PerChannel weight, bias;
   const double *mean, *invstd;
   bool training;  // the statistics came from x, so that gradients flow through them
-  // If x is only a part of the batch: the sums of g and of g * xhat over the whole batch, and the number of values that
-  // a channel has in the whole batch. The gradients of the parameters are absent then. Otherwise these three are
-  // absent.
+  // If x is only a part of the batch: the sums of g and of g * xhat over the whole batch, and its values per channel.
+  // The gradients of the parameters are absent then. Otherwise these three are absent.
   PerChannel sum_grad, sum_grad_xhat;
   const double* batch_count;
   void *grad_x, *grad_residual;

@@ -1,4 +1,4 @@
-// How kResident is cut: what its blocks keep on chip, how many of them share a channel, and whether that gains.
+// How kResident cuts a problem: what its blocks keep on chip, how many share a channel, and whether that is faster.
 #pragma once
 #include <algorithm>
 
@@ -6,30 +6,29 @@
 
 namespace bnfused::planning {
 
-// Shared memory of a block of the kernels of kSmall and kResident, beside what they keep: what the device takes for
-// itself; the merge of a sum of each thread, for each of a unit's values where those are different channels; and the
-// constants of a tile's columns, or what is merged of them. The launchers check the first two against the kernels, and
-// tests/cuda_build against the compiler's report.
+// Shared memory that a block of kSmall or kResident needs in addition to what it keeps: what the device reserves, the
+// static objects for merging the threads' sums, and for rows a table for the columns of a tile, which has the merged
+// sums and then the constants. The launchers check the size of the table, tests/cuda_build the other two.
 constexpr int64_t kReservedShared = 1024;
 constexpr int64_t kSharedOfColumn = 64;
 constexpr int64_t static_shared(bool rows) { return (rows ? kUnit + 1 : 1) * (kMaxThreads / 2) * 24 + 64; }
 inline int64_t table_bytes(const Rows& s) { return int64_t(s.tile) * kUnit * kSharedOfColumn; }
 
-// Blocks of the kernels of kResident on an SM, by their registers: what their launch bounds promise.
+// How many blocks of kResident fit an SM by their registers. The launch bounds of the kernels promise it.
 inline int resident_blocks_per_sm(DType t, bool rows) { return t == DType::kFloat64 || rows ? 1 : 2; }
 
-// Tiles, or channels, to be shared out among blocks.
+// The tiles, or channels, that the blocks share.
 struct Tiles {
   uint32_t count;
   uint64_t length;       // units of a column
   uint32_t at_once;      // units of a column that a block reads in one step
   uint32_t threads;      // of a block
-  uint64_t most_parts;   // of a tile: more would have too little to do
+  uint64_t most_parts;   // of a tile; with more, a part would have too little to do
   bool merge_all_tiles;  // no tile can be finished without the others
-  int64_t unit_bytes;    // of the tensors that are kept, together
-  int64_t other_shared;
+  int64_t unit_bytes;    // of one unit of all tensors that are kept
+  int64_t other_shared;  // bytes
 
-  // Units that a thread can keep, of `on_sm` blocks on an SM.
+  // How many units a thread can keep, if an SM has `on_sm` blocks.
   uint64_t steps(const DeviceLimits& device, int on_sm) const {
     const int64_t shared = device.shared_per_sm / on_sm - kReservedShared - other_shared;
     return uint64_t(std::max<int64_t>(0, shared) / (threads * unit_bytes));
@@ -41,23 +40,20 @@ struct Cut {
   Residency residency{};
   uint32_t parts = 0;
   uint64_t kept = 0;        // units of a column
-  uint64_t most_steps = 0;  // that a thread could keep
-  double busy = 0;          // of the blocks that there is room for, the share that has work, over all rounds
+  uint64_t most_steps = 0;  // how many units a thread could keep
+  double busy = 0;          // the share of the possible blocks that has work, over all rounds
 };
 
 inline Cut cut_of(const Tiles& t, uint64_t blocks, uint64_t most_steps) {
-  const uint64_t tiles = t.count, length = t.length;
-  const uint64_t capacity = most_steps * t.at_once;
+  const uint64_t tiles = t.count, length = t.length, capacity = most_steps * t.at_once;
   const uint64_t needed = capacity * blocks < length ? blocks : std::max<uint64_t>(1, ceil_div(length, capacity));
   const uint64_t most = std::min(std::max(t.most_parts, needed), ceil_div(length, t.at_once));
-  Cut c{};
   uint64_t teams = tiles;
   const auto parts_of = [&](uint64_t n) { return std::clamp<uint64_t>(blocks / n, 1, most); };
   if (!t.merge_all_tiles) {
-    // As many rounds as leave few blocks without work: the fewest of up to 16 that are within an eighth of the best.
+    // Takes the fewest rounds, of up to 16, that keep nearly as many blocks busy as the best: within an eighth.
     const uint64_t fewest = ceil_div(tiles, std::min(tiles, blocks / needed));
-    uint64_t busy_best = 0;  // blocks, over all rounds; compared as a share
-    uint64_t rounds_best = 1;
+    uint64_t busy_best = 0, rounds_best = 1;  // busy: blocks, summed over all rounds
     for (uint64_t rounds = fewest; rounds <= std::clamp<uint64_t>(16, fewest, tiles); ++rounds) {
       const uint64_t n = ceil_div(tiles, rounds), busy = tiles * parts_of(n);
       if (8 * busy * rounds_best <= 9 * busy_best * rounds) continue;
@@ -66,39 +62,37 @@ inline Cut cut_of(const Tiles& t, uint64_t blocks, uint64_t most_steps) {
       teams = n;
     }
   }
+  Cut c{};
+  c.most_steps = most_steps;
   c.parts = uint32_t(parts_of(teams));
   c.busy = double(tiles * c.parts) / double(ceil_div(tiles, teams) * blocks);
-  c.residency.teams = uint32_t(c.parts == 1 ? tiles : teams);  // who waits for nobody needs no place beside the others
-  c.residency.cluster = 1;
+  c.residency.teams = uint32_t(c.parts == 1 ? tiles : teams);  // teams of one block need not run at the same time
   c.residency.steps = uint32_t(std::min(most_steps, ceil_div(ceil_div(length, c.parts), t.at_once)));
   const uint64_t kept = uint64_t(c.residency.steps) * t.at_once, longer = length % c.parts, shorter = length / c.parts;
   c.kept = longer * std::min(kept, shorter + 1) + (c.parts - longer) * std::min(kept, shorter);
   return c;
 }
 
-// The best cut for `blocks_per_sm` blocks on an SM where all is kept, else for one, which leaves the most to keep.
+// The best cut for as many blocks on an SM as can keep everything. If none can, the cut for one block, which keeps most.
 inline Cut best_cut(const Tiles& t, const DeviceLimits& device, int blocks_per_sm) {
-  Cut cut{};
   for (int on_sm = blocks_per_sm;; --on_sm) {
-    const uint64_t steps = t.steps(device, on_sm);
-    cut = cut_of(t, uint64_t(device.sm_count) * on_sm, steps);
-    cut.most_steps = steps;
+    const Cut cut = cut_of(t, uint64_t(device.sm_count) * on_sm, t.steps(device, on_sm));
     if (cut.kept == t.length || on_sm == 1) return cut;
   }
 }
 
-// Of a cluster, in blocks: 8 wherever there are clusters, 16 on the GPUs of data centers.
+// The largest cluster, in blocks. Every GPU with clusters allows 8, and the GPUs for data centers allow 16.
 inline uint32_t largest_cluster(const DeviceLimits& device) {
   if (!device.clusters || device.compute_capability < 90) return 1;
   return device.compute_capability < 110 ? 16 : 8;
 }
 
-// The blocks of a cluster are on the SMs of one GPC, which are these or some more: powers of two leave few of them
-// without work. How many clusters really run at once, launch_resident asks the device.
+// The blocks of a cluster run on the SMs of one GPC, which has at least this many. If the size of the cluster is a power
+// of two, few SMs stay without work. launch_resident asks the device how many clusters run at once.
 constexpr uint32_t kSmsOfGpc = 16;
 
-// Teams that are clusters and keep all of their tiles: as many on an SM, and then as few blocks in each, as leave few
-// blocks without work, as in cut_of. None of it is busy where there is no such cluster.
+// The cut into teams that are clusters and keep whole tiles. It prefers more blocks on an SM, then fewer blocks in a
+// cluster, as long as few blocks stay without work, as in cut_of. If there is no such cluster, `busy` is 0.
 inline Cut cut_in_clusters(const Tiles& t, const DeviceLimits& device, int blocks_per_sm) {
   Cut best{};
   if (t.merge_all_tiles) return best;
@@ -107,32 +101,27 @@ inline Cut cut_in_clusters(const Tiles& t, const DeviceLimits& device, int block
     const uint64_t steps = t.steps(device, on_sm), capacity = steps * t.at_once;
     const uint64_t places = (sms < kSmsOfGpc ? sms : sms / kSmsOfGpc * kSmsOfGpc) * on_sm;
     for (uint32_t cluster = 2; cluster <= std::min<uint64_t>(largest_cluster(device), places); cluster *= 2) {
-      const uint32_t half = cluster / 2;
-      const bool half_would_do = capacity * half >= t.length && half >= t.most_parts;
+      const bool half_would_do = capacity * (cluster / 2) >= t.length && cluster / 2 >= t.most_parts;
       if (capacity * cluster < t.length || half_would_do) continue;
       const uint64_t rounds = ceil_div(t.count, places / cluster);
       const double busy = double(uint64_t(t.count) * cluster) / double(rounds * sms * on_sm);
       if (8 * busy <= 9 * best.busy) continue;
-      best.parts = cluster;
-      best.kept = t.length;
-      best.most_steps = steps;
-      best.busy = busy;
-      best.residency.teams = uint32_t(ceil_div(t.count, rounds));
-      best.residency.cluster = cluster;
-      best.residency.steps = uint32_t(ceil_div(ceil_div(t.length, cluster), t.at_once));
+      const auto teams = uint32_t(ceil_div(t.count, rounds));
+      const auto steps_used = uint32_t(ceil_div(ceil_div(t.length, cluster), t.at_once));
+      best = {{teams, cluster, steps_used, 0, 0}, cluster, t.length, steps, busy};
     }
   }
   return best;
 }
 
-// Why a block cannot have all values of its channels, or nullptr where it can.
+// Why a block cannot have all values of its channels, or nullptr if it can.
 inline const char* obstacle_to_small(const Problem& p, const Rows& rows, bool mask) {
   if (p.inner == 1) return rows.domains() == rows.tiles ? nullptr : "copies of a channel lie in several blocks";
   if (mask && p.inner % kUnit != 0) return "bytes of the mask are shared between channels";
   return nullptr;
 }
 
-// Why blocks cannot wait for each other and keep what they have read, or nullptr where they can.
+// Why blocks cannot wait for each other and keep what they have read, or nullptr if they can.
 inline const char* obstacle_to_resident(const Problem& p, const Rows& rows, bool mask, const DeviceLimits& device) {
   if (!device.cooperative) return "blocks of this device cannot wait for each other";
   if (p.inner > 1) return obstacle_to_small(p, rows, mask);
@@ -143,15 +132,14 @@ inline const char* obstacle_to_resident(const Problem& p, const Rows& rows, bool
 struct Choice {
   bool small;
   const char* why;
-  bool cached = false;  // small, as long as the cache keeps a channel
+  bool cached = false;  // small is only the faster way as long as the cache keeps a channel
 };
 
-// Whether one launch, with a block for each channel or tile, is expected to be the faster way.
+// Whether one launch, with a block for each channel or tile, should be the faster way.
 inline Choice prefers_small(const Problem& p, const Rows& rows, const DeviceLimits& device) {
   if (p.inner == 1) {
-    const int64_t bytes = int64_t(rows.rows) * rows.tile * kUnit * size_of(p.dtype);
-    if (bytes <= 2 * kSmallBytes) return {true, "the rows of a channel tile are few"};
-    return {false, "the rows of a channel tile are too many for one block"};
+    const bool few = int64_t(rows.rows) * rows.tile * kUnit * size_of(p.dtype) <= 2 * kSmallBytes;
+    return {few, few ? "the rows of a channel tile are few" : "the rows of a channel tile are too many for one block"};
   }
   const int64_t bytes = p.values_per_channel() * size_of(p.dtype);
   if (bytes <= kSmallBytes) return {true, "a channel is small"};
@@ -161,24 +149,22 @@ inline Choice prefers_small(const Problem& p, const Rows& rows, const DeviceLimi
   return {false, "a channel is too large for one block"};
 }
 
-// 64 bytes of each row that a block reads: the narrower a tile, the more of its rows stay on chip.
+// A block reads 64 bytes of each row, because more rows of a narrow tile stay on chip.
 inline Rows resident_rows(const Problem& p) {
   return cut_rows(p, std::max(1u, 64u / uint32_t(kUnit * size_of(p.dtype))), 1);
 }
 
-// Whether what clusters leave idle costs less than a wait through memory. An eighth of the blocks is not missed: the
-// memory is the limit. `bytes`: what a call moves.
+// Whether the blocks that clusters leave idle cost less than a wait through memory. An eighth of the blocks is not
+// missed, because the memory is the limit. A call moves `bytes`.
 inline bool prefers_clusters(const Cut& clusters, const Cut& others, int64_t bytes) {
   const double missing = others.busy * 7 / 8 - clusters.busy;
   return clusters.busy > 0 && double(bytes) * missing <= double(kWaitBytes) * clusters.busy;
 }
 
-// `tensors`: how many a call reads a second time once the sums are known, and may keep.
+// `tensors` is how many tensors a call reads again after the sums are known. These may be kept.
 inline LaunchPlan resident_plan(LaunchPlan plan, const Problem& p, int tensors, const DeviceLimits& device) {
   plan.strategy = Strategy::kResident;
-  plan.launches = 1;
   const bool rows = p.inner == 1;
-  const int blocks_per_sm = resident_blocks_per_sm(p.dtype, rows);
   Tiles t{};
   t.unit_bytes = tensors * kUnit * size_of(p.dtype);
   t.other_shared = static_shared(rows);
@@ -199,41 +185,34 @@ inline LaunchPlan resident_plan(LaunchPlan plan, const Problem& p, int tensors, 
   }
   t.most_parts = ceil_div(t.length, uint64_t(t.at_once) * kRowsPerThread);
 
+  const int blocks_per_sm = resident_blocks_per_sm(p.dtype, rows);
   Cut cut = best_cut(t, device, blocks_per_sm);
   if (cut.parts > 1) {
     const Cut in_clusters = cut_in_clusters(t, device, blocks_per_sm);
-    if (prefers_clusters(in_clusters, cut, (tensors + 1) * p.numel() * size_of(p.dtype))) cut = in_clusters;
+    if (prefers_clusters(in_clusters, cut, (tensors + 1) * bytes_of(p))) cut = in_clusters;
   }
   Residency& r = plan.residency = cut.residency;
-  // Units of the next tile can be on their way before this one is finished: kHasCopiesAsync of the kernels.
+  // Units of the next tile can be fetched before this one is finished, if the kernels have kHasCopiesAsync.
   const bool fetches = plan.wide && device.compute_capability >= 80;
   r.ahead = fetches && r.teams < t.count ? std::min(r.steps, uint32_t(cut.most_steps) - r.steps) : 0;
   r.keeps_bytes = uint32_t((r.steps + r.ahead) * t.threads * t.unit_bytes);
-  // Exact but where planes share units: there the units of a channel are taken to have as many values each.
-  plan.residency.values = cut.kept == t.length ? p.numel() : p.numel() / int64_t(t.length) * int64_t(cut.kept);
-  int64_t domains, columns;
-  if (rows) {
-    plan.reduce_rows.parts = cut.parts;
-    domains = plan.reduce_rows.domains();
-    columns = int64_t(plan.reduce_rows.columns) * kUnit;
-  } else {
-    plan.planes.parts = cut.parts;
-    domains = columns = plan.planes.channels;
-  }
-  const bool through_memory = cut.parts > cut.residency.cluster || t.merge_all_tiles;
+  // If planes share units, this is not exact: it counts the same number of values for each unit of a channel.
+  r.values = cut.kept == t.length ? p.numel() : p.numel() / int64_t(t.length) * int64_t(cut.kept);
+  (rows ? plan.reduce_rows.parts : plan.planes.parts) = cut.parts;
+  const int64_t columns = rows ? int64_t(plan.reduce_rows.columns) * kUnit : plan.planes.channels;
+  const int64_t domains = rows ? plan.reduce_rows.domains() : plan.planes.channels;
+  const bool through_memory = cut.parts > r.cluster || t.merge_all_tiles;
   plan.partials = through_memory ? cut.parts * columns : 0;
   plan.tickets = through_memory ? 2 * domains + 1 : 1;
-  plan.why = cut.residency.cluster > 1
-                 ? "what is needed twice stays on chip, and the blocks that share a channel are a cluster"
+  plan.why = r.cluster > 1 ? "what is needed twice stays on chip, and the blocks that share a channel are a cluster"
              : cut.kept == t.length ? "what is needed twice stays on chip"
              : cut.kept > 0         ? "a part of what is needed twice stays on chip"
                                     : "nothing of what is needed twice fits on the chip";
   return plan;
 }
 
-// Whether keeping saves more than the waits cost. What fits entirely does: a tile has half of what the chip holds, or
-// it leaves room for another team, which runs while this one waits. Of larger ones one after the other has the whole
-// chip.
+// Whether keeping saves more than the waits cost. It does if everything fits: then another team has room, and runs while
+// this one waits. Otherwise a single tile takes the whole chip, and each tile has a wait of its own.
 inline bool gains(const LaunchPlan& plan, const Problem& p, int tensors) {
   if (plan.residency.values == p.numel()) return true;
   const int64_t rounds = p.inner == 1 ? plan.reduce_rows.domains() : plan.planes.channels;

@@ -1,67 +1,52 @@
-// The words of the plan and of the kernels, and the shapes into which a problem is cut.
-//
-//   unit     8 consecutive values, one thread's share of one step (kernels/pack.cuh)
-//   column   in the rows layout: a unit's place in a row, which has the same channels in every row
-//   copy     a channel occurs `copies` times in a row of lcm(channels, 8) values
-//   tile     columns side by side that a block reads together
-//   row slot one of the rows of a tile that a block reads at once; its threads stand next to each other
-//   part     the share of a tile's rows, or of a channel's units, that one block has
-//   team     the blocks that have all parts of a tile or of a channel
-//   domain   the tiles, or the channel, whose partial sums the last of their blocks merges
-//   ticket   a counter of the blocks that are done with a domain, 0 before and after a launch
-//   gate     a counter of the blocks that still have to pass the last one, 0 before and after
-//   step     a thread's units, counted from the first that it reads
-//   ahead    steps whose slots in shared memory come in pairs, so that units of the next tile have room early
+// The shapes into which a problem is cut. plan.h explains the words.
 //
 // Unit numbers fit 32 bits for all tensors that `fits` allows. Offsets of values are 64 bits wide everywhere.
 #pragma once
 #include <algorithm>
+#include <optional>
 
 #include "batch_norm.h"
 
 namespace bnfused {
 
 constexpr int kUnit = 8;  // values
-// Threads of a block, at most: each can have 255 registers, and the merge of their sums fits 48 KiB of shared memory.
+// The largest number of threads in a block. Each can have 255 registers, and their sums fit 48 KiB of shared memory.
 constexpr int kMaxThreads = 256;
 
 struct DeviceLimits {
   int sm_count;
   int compute_capability;     // 90 for sm_90
-  int64_t shared_per_sm = 0;  // bytes of shared memory; 0 where it is not known, and nothing is kept on chip
+  int64_t shared_per_sm = 0;  // bytes of shared memory; 0 means unknown, and then nothing is kept on chip
   bool cooperative = true;    // blocks of a launch may wait for each other
-  bool clusters = true;       // and reach each other's shared memory, if the compute capability has clusters
+  bool clusters = true;       // clusters may be used, if the compute capability has them
 };
 
 enum class Strategy : int32_t { kEmpty, kSmall, kStreaming, kApply, kReduce, kResident };
 
-// A number known to the host by which a GPU divides, as a multiplication: kernels/layout.cuh.
+// A divisor that the host knows, so that the GPU can multiply instead of dividing (kernels/layout.cuh).
 struct Divisor {
   uint64_t value = 1, multiplier = ~uint64_t(0);  // floor((2^64 - 1) / value)
 };
-
 constexpr Divisor divisor_of(uint64_t value) { return {value, ~uint64_t(0) / value}; }
 
-// Channels innermost: (N, C), channels_last. C need not be a multiple of 8: memory is read as rows of lcm(C, 8)
-// columns, in which each channel occurs `copies` times, so that a thread keeps its channels from row to row.
+// Channels innermost: (N, C), channels_last. If C is not a multiple of 8, memory is read as rows of lcm(C, 8) values. So
+// a thread has the same channels in every row.
 struct Rows {
   uint32_t channels, copies;
-  uint32_t columns;  // units in a row
-  uint32_t rows;     // the last may have fewer units
-  uint32_t tile;     // columns of a block
-  uint32_t tiles;
-  uint32_t row_slots;  // rows that a block reads at once
-  uint32_t parts;      // blocks that share a tile
+  uint32_t columns;      // units in a row
+  uint32_t rows;         // the last one may have fewer units
+  uint32_t tile, tiles;  // columns in a tile, and the number of tiles
+  uint32_t row_slots;    // rows that a block reads at once
+  uint32_t parts;        // blocks that share a tile
   uint32_t threads;
 
   constexpr uint32_t blocks() const { return tiles * parts; }
-  // Blocks whose partial sums are merged together, by the last of them: those of a tile, or all where copies of a
-  // channel lie in several tiles.
+  // One for each tile. If a row has copies of a channel, they may lie in several tiles, so all tiles are one domain.
   constexpr uint32_t domains() const { return copies > 1 ? 1 : tiles; }
 };
 
-// A channel is `outer` planes of `inner` values; a plane touches up to `units_per_plane` units, the outermost of which
-// it may share with its neighbours.
+// A channel is `outer` planes of `inner` values. A plane touches up to `units_per_plane` units, and may share its first
+// and its last unit with its neighbours.
 struct Planes {
   uint32_t channels, outer;
   uint64_t inner;
@@ -74,37 +59,35 @@ struct Planes {
   constexpr uint32_t domains() const { return channels; }
 };
 
-// A tensor of planes in memory order: a block has a run of units, whatever planes they are of.
+// A tensor of planes in memory order. A block has a run of units, which may belong to any planes.
 struct Flat {
   uint64_t inner;
-  uint32_t channels;
-  uint32_t units, units_per_block;
-  uint32_t planes_per_block;  // at most: what the table of constants must hold
+  uint32_t channels, units, units_per_block;
+  uint32_t planes_per_block;  // the most that a block touches: the size of its table of constants
   Divisor by_inner, by_channels;
   uint32_t threads;
 
   constexpr uint32_t blocks() const { return (units + units_per_block - 1) / units_per_block; }
 };
 
-// What stays on chip between the two passes of kSmall and kResident, which are the same kernels. The blocks of a team
-// share a tile of columns, or a channel, and take every teams-th of them; `parts` of Rows and Planes are the blocks of
-// a team, one behind the other in the grid.
+// What stays on chip between the two passes of kSmall and kResident, which are the same kernels. A team takes every
+// teams-th tile or channel. Its blocks are neighbours in the grid, and Rows or Planes have their number as `parts`.
 struct Residency {
   uint32_t teams;
-  uint32_t cluster;      // blocks of a cluster: a team, or 1 where teams of several exchange their sums through memory
-  uint32_t steps;        // units that a thread keeps: the first that it reads, for the last are those that caches have
-  uint32_t ahead;        // the first of them, those of the next tile have room beside those of this one
-  uint32_t keeps_bytes;  // dynamic shared memory that they take
-  int64_t values = 0;    // of a tensor, that are kept
+  uint32_t cluster = 1;  // blocks of a cluster: all of a team, or 1 if its blocks exchange their sums through memory
+  uint32_t steps;        // units that a thread keeps: the first that it reads, because caches have the last ones
+  uint32_t ahead;        // how many of these slots are doubled, to fetch units of the next tile early
+  uint32_t keeps_bytes;  // dynamic shared memory for all slots of a block
+  int64_t values = 0;    // of each tensor, how many values are kept
 
   constexpr uint32_t blocks(uint32_t parts) const { return teams * parts; }
 };
 
-// Moments of parts of a batch, merged: a block has a run of columns, and shares their parts out among its threads where
-// there are more than one. Of no device: the order of the merge, and so every bit of what it gives, is the same on all.
+// How moments of parts of a batch are merged. A block has a run of columns, and its threads share the parts. This depends
+// on no device, so the order of the merge, and every bit of its result, is the same on all.
 struct Merge {
   uint32_t parts;
-  uint32_t columns;  // the channels, and one of the counts alone
+  uint32_t columns;  // the channels, and one more for the counts
   uint32_t columns_per_block;
   uint32_t threads;
 
@@ -119,28 +102,27 @@ struct LaunchPlan {
   Planes planes{};
   Flat flat{};
   Residency residency{};
-  int64_t partials = 0;  // of a Moments or a GradSums each
-  int64_t tickets = 0;   // counters that are 0 before and after; the last one of a forward counts the batch
-  int launches = 0;
+  int64_t partials = 0;  // room for this many Moments or GradSums
+  int64_t tickets = 0;   // tickets and gates; the last ticket of a forward is for counting the batch
   int64_t bytes_read = 0, bytes_written = 0;  // of tensors, not of per-channel values
   const char* why = "";
 };
 
-// What a call does beside the problem itself.
+// What a plan depends on in addition to the problem. `forced` replaces the planner's choice of a strategy, in tests.
 struct Request {
   bool wide = true;  // all tensors start at a multiple of 16 bytes
-  bool residual = false;
-  bool mask = false;
+  bool residual = false, mask = false;
+  std::optional<Strategy> forced = std::nullopt;
 };
 struct BackwardRequest {
   bool wide = true;
-  bool residual = false;  // read again to recompute the activation's argument
-  bool mask = false;
-  bool training = true;
+  bool residual = false;  // it is read to recompute the activation's argument
+  bool mask = false, training = true;
   bool grad_x = true, grad_residual = false, grad_parameters = true;
-  bool means = false;  // of g and of g * xhat are given, over a batch of which x is a part
+  bool means = false;  // x is a part of a batch, and the means of g and of g * xhat over the batch are given
+  std::optional<Strategy> forced = std::nullopt;
 
-  // Something that is written waits for sums over x.
+  // Whether something that is written depends on sums over x.
   constexpr bool waits() const { return training && grad_x && !means; }
   constexpr bool sums() const { return grad_parameters || waits(); }
 };
@@ -150,27 +132,28 @@ namespace planning {
 constexpr uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 constexpr uint64_t gcd(uint64_t a, uint64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
-// 40 KiB of constants at the most, of float64: within what any GPU gives a block.
+// At most 40 KiB of constants, for float64. Every GPU gives a block that much.
 constexpr uint32_t kTablePlanes = 1024;
 
-// Thresholds of a model, not yet measured on a GPU. Launching a second kernel costs 2 to 3 us, in which one SM moves
-// about 64 KiB; and a channel of up to 256 KiB is still in cache when its block reads it again.
+// Thresholds from a model, not yet measured on a GPU. A second launch takes 2 to 3 us. In that time one SM moves about 64
+// KiB. A channel of up to 256 KiB is still in a cache when its block reads it again.
 constexpr int64_t kSmallBytes = 64 * 1024;
 constexpr int64_t kCachedBytes = 256 * 1024;
-// Blocks for each SM: two of 256 threads with 128 bytes in flight each cover the latency of the memory; a second round
-// evens out the end.
+// Blocks for each SM. Two blocks of 256 threads with 128 bytes in flight each hide the latency of the memory. With more
+// blocks, the SMs finish at about the same time.
 constexpr uint32_t kReduceBlocksPerSm = 4;
 constexpr uint32_t kApplyBlocksPerSm = 16;
-constexpr uint32_t kMergeColumns = 32;  // of a block: a warp reads 256 bytes of a part in a row
-constexpr uint32_t kRowsPerThread = 8;  // at least, so that the constants of 8 channels are worth their set-up
+constexpr uint32_t kMergeColumns = 32;  // of a block, so that a warp reads 256 consecutive bytes of a part
+constexpr uint32_t kRowsPerThread = 8;  // at least, so that setting up the constants of 8 channels pays off
 
-// Waiting through memory for the last block of a team costs about what a second launch does; each further wait in which
-// nothing else can run has to save what a GPU's memory moves in 3 us. The barrier of a cluster is taken for free.
+// Waiting through memory for the last block of a team takes about as long as a second launch. Each further wait in which
+// nothing else can run must save what a GPU's memory moves in 3 us. The model counts the barrier of a cluster as free.
 constexpr int64_t kWaitBytes = 8 * 1024 * 1024;
 
 inline int64_t size_of(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
+inline int64_t bytes_of(const Problem& p) { return p.numel() * size_of(p.dtype); }
 
-// `blocks`: how many are wanted over all tiles.
+// `blocks` is how many blocks are wanted for all tiles together.
 inline Rows cut_rows(const Problem& p, uint32_t widest_tile, uint32_t blocks) {
   Rows r{};
   const uint64_t units = ceil_div(p.numel(), kUnit);
@@ -178,7 +161,7 @@ inline Rows cut_rows(const Problem& p, uint32_t widest_tile, uint32_t blocks) {
   r.copies = uint32_t(kUnit / gcd(p.channels, kUnit));
   r.columns = uint32_t(uint64_t(p.channels) * r.copies / kUnit);
   r.rows = uint32_t(ceil_div(units, r.columns));
-  // Copies of a channel are best merged within a block; beyond 64 columns that would leave too few rows to a block.
+  // Copies of a channel are best merged within a block. With more than 64 columns, a block would have too few rows.
   const uint32_t wanted = r.copies > 1 ? std::max(widest_tile, std::min(r.columns, 64u)) : widest_tile;
   r.tiles = uint32_t(ceil_div(r.columns, wanted));
   r.tile = uint32_t(ceil_div(r.columns, r.tiles));
@@ -201,7 +184,7 @@ inline Planes cut_planes(const Problem& p, bool one_part, const DeviceLimits& de
   const uint64_t wanted = ceil_div(uint64_t(device.sm_count) * kReduceBlocksPerSm, s.channels);
   const uint64_t most = ceil_div(s.units_per_channel, uint64_t(kMaxThreads) * kRowsPerThread);
   s.parts = one_part ? 1 : uint32_t(std::clamp<uint64_t>(wanted, 1, most));
-  const uint64_t threads = ceil_div(ceil_div(s.units_per_channel, s.parts), 4);  // 4 units each, where there are few
+  const uint64_t threads = ceil_div(ceil_div(s.units_per_channel, s.parts), 4);  // 4 units each, if there are few
   s.threads = uint32_t(std::clamp<uint64_t>(ceil_div(threads, 32) * 32, 32, kMaxThreads));
   return s;
 }

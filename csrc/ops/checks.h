@@ -9,56 +9,58 @@
 
 namespace bnfused::ops {
 
-using OptionalTensor = std::optional<at::Tensor>;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-inline DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kFloat:
-      return DType::kFloat32;
-    default:
-      return DType::kFloat64;
-  }
+inline DType dtype_of(const Tensor& tensor) {
+  const auto t = tensor.scalar_type();
+  return t == at::kHalf       ? DType::kFloat16
+         : t == at::kBFloat16 ? DType::kBFloat16
+         : t == at::kFloat    ? DType::kFloat32
+                              : DType::kFloat64;
 }
 
-// The name that Python has for it: float32, not Float.
+inline bool is_supported(at::ScalarType t) {
+  return t == at::kHalf || t == at::kBFloat16 || t == at::kFloat || t == at::kDouble;
+}
+
+// The dtype's name in Python: float32, not Float.
 inline std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
-// Checks the arguments of one call against x, and x itself. Every message begins with `op`, the name of the op.
+// Checks x, and the other arguments of the call against x. Every message begins with `op`, the name of the op.
 class Checker {
  public:
-  Checker(const char* op, const at::Tensor& x) : op_(op), x_(x) {
+  Checker(const char* op, const Tensor& x) : op_(op), x_(x) {
     TORCH_CHECK(x.layout() == at::kStrided, op_, ": expected x to be a dense (strided) tensor, got ", x.layout());
     TORCH_CHECK(x.dim() >= 2, op_, ": expected x of shape [N, C, ...], got ", x.sizes());
-    const auto t = x.scalar_type();
-    TORCH_CHECK(t == at::kHalf || t == at::kBFloat16 || t == at::kFloat || t == at::kDouble, op_,
-                ": expected x of float16, bfloat16, float32 or float64, got ", name_of(t));
+    TORCH_CHECK(is_supported(x.scalar_type()), op_, ": expected x of float16, bfloat16, float32 or float64, got ",
+                name_of(x.scalar_type()));
+  }
+
+  void shape(const Tensor& t, const char* name, at::IntArrayRef sizes) const {
+    TORCH_CHECK(t.sizes() == sizes, op_, ": expected ", name, " of shape ", sizes, ", got ", t.sizes());
+  }
+  void device(const Tensor& t, const char* name) const {
+    TORCH_CHECK(t.device() == x_.device(), op_, ": expected ", name, " on ", x_.device(), ", got ", t.device());
   }
 
   void per_channel(const OptionalTensor& t, const char* name) const {
     if (!t) return;
-    TORCH_CHECK(t->dim() == 1 && t->size(0) == x_.size(1), op_, ": expected ", name, " of shape [", x_.size(1),
-                "], got ", t->sizes());
+    shape(*t, name, x_.size(1));
     const auto own = x_.scalar_type(), wide = own == at::kDouble ? at::kDouble : at::kFloat;
     TORCH_CHECK(t->scalar_type() == own || t->scalar_type() == wide, op_, ": expected ", name, " of ", name_of(wide),
-                own == wide ? "" : " or " + name_of(own), " beside x of ", name_of(own), ", got ",
+                own == wide ? "" : " or " + name_of(own), " with x of ", name_of(own), ", got ",
                 name_of(t->scalar_type()));
     device(*t, name);
   }
 
   void count(const OptionalTensor& t) const {
-    if (!t) return;
-    TORCH_CHECK(t->scalar_type() == at::kLong && t->numel() == 1, op_,
-                ": expected num_batches_tracked to be one int64, got ", t->sizes(), " of ", name_of(t->scalar_type()));
-    device(*t, "num_batches_tracked");
+    if (t) single_value(*t, "num_batches_tracked", at::kLong);
   }
 
   void like_x(const OptionalTensor& t, const char* name) const {
     if (!t) return;
-    TORCH_CHECK(t->sizes() == x_.sizes(), op_, ": expected ", name, " of shape ", x_.sizes(), ", got ", t->sizes());
+    shape(*t, name, x_.sizes());
     TORCH_CHECK(t->scalar_type() == x_.scalar_type(), op_, ": expected ", name, " of ", name_of(x_.scalar_type()),
                 ", got ", name_of(t->scalar_type()));
     TORCH_CHECK(t->layout() == at::kStrided, op_, ": expected ", name, " to be a dense (strided) tensor, got ",
@@ -66,22 +68,11 @@ class Checker {
     device(*t, name);
   }
 
-  void saved_statistic(const at::Tensor& t, const char* name) const {
-    TORCH_CHECK(t.dim() == 1 && t.size(0) == x_.size(1) && t.scalar_type() == at::kDouble && t.is_contiguous(), op_,
-                ": expected ", name, " of shape [", x_.size(1), "] and float64, got ", t.sizes(), " of ",
-                name_of(t.scalar_type()));
-    device(t, name);
-  }
+  void saved_statistic(const Tensor& t, const char* name) const { float64(t, name, x_.size(1)); }
 
-  void batch_sums(const at::Tensor& sums, const at::Tensor& count) const {
-    TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == x_.size(1) &&
-                    sums.scalar_type() == at::kDouble && sums.is_contiguous(),
-                op_, ": expected sums of shape [2, ", x_.size(1), "] and float64, got ", sums.sizes(), " of ",
-                name_of(sums.scalar_type()));
-    device(sums, "sums");
-    TORCH_CHECK(count.numel() == 1 && count.scalar_type() == at::kDouble, op_,
-                ": expected count to be one float64, got ", count.sizes(), " of ", name_of(count.scalar_type()));
-    device(count, "count");
+  void batch_sums(const Tensor& sums, const Tensor& count) const {
+    float64(sums, "sums", {2, x_.size(1)});
+    single_value(count, "count", at::kDouble);
   }
 
   Epilogue epilogue(int64_t activation, double param) const {
@@ -91,12 +82,20 @@ class Checker {
   }
 
  private:
-  void device(const at::Tensor& t, const char* name) const {
-    TORCH_CHECK(t.device() == x_.device(), op_, ": expected ", name, " on ", x_.device(), ", got ", t.device());
+  void float64(const Tensor& t, const char* name, at::IntArrayRef sizes) const {
+    TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == at::kDouble && t.is_contiguous(), op_, ": expected ", name,
+                " of shape ", sizes, " and float64, got ", t.sizes(), " of ", name_of(t.scalar_type()));
+    device(t, name);
+  }
+
+  void single_value(const Tensor& t, const char* name, at::ScalarType dtype) const {
+    TORCH_CHECK(t.numel() == 1 && t.scalar_type() == dtype, op_, ": expected ", name, " to be one ", name_of(dtype),
+                ", got ", t.sizes(), " of ", name_of(t.scalar_type()));
+    device(t, name);
   }
 
   const char* op_;
-  const at::Tensor& x_;
+  const Tensor& x_;
 };
 
 }  // namespace bnfused::ops

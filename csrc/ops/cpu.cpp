@@ -8,7 +8,6 @@
 
 #include "cpu/backend.h"
 #include "ops/ops.h"
-#include "ops/schema.h"
 
 namespace {
 

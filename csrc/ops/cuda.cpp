@@ -1,5 +1,5 @@
-// The ops on CUDA tensors: device, stream, plan, workspace, status. Only what c10 says of any device: no header of
-// torch's CUDA libraries, so that the extension compiles, links and loads beside a torch without them.
+// The ops on CUDA tensors: device, stream, plan, workspace, status. It includes no header of torch's CUDA libraries, and
+// uses c10's interface for any device. So the extension compiles, links and loads with a torch that lacks them.
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -23,7 +23,7 @@ void check(cudaError_t status, const char* op) {
               ")");
 }
 
-// Asked once for each device: an attribute costs a microsecond.
+// Each device is asked once, because an attribute takes a microsecond.
 const DeviceLimits& limits_of(int device) {
   static std::mutex mutex;
   static std::map<int, DeviceLimits> known;
@@ -42,9 +42,9 @@ const DeviceLimits& limits_of(int device) {
                           attribute(cudaDevAttrCooperativeLaunch) != 0, attribute(cudaDevAttrClusterLaunch) != 0};
 }
 
-// Where a call runs. The current device is that of x for as long as this lives.
+// Where a call runs. As long as this object lives, the device of x is the current one.
 struct Call {
-  explicit Call(const char* op_, c10::Device device_)
+  Call(const char* op_, c10::Device device_)
       : op(op_), device(device_), guard(device_), limits(limits_of(device_.index())) {
     const c10::impl::VirtualGuardImpl impl(device.type());
     stream = static_cast<cudaStream_t>(impl.getStream(device).native_handle());
@@ -59,12 +59,12 @@ struct Call {
 
 struct Tickets {
   unsigned* data = nullptr;
-  at::Tensor own;  // of this call alone
+  at::Tensor own;  // keeps the memory, if it belongs to this call alone
 };
 
-// Kept for every stream: launches on one follow each other and share them; launches on two may overlap and must not.
-// Not from torch's allocator: which of its pools (of a graph, of torch.cuda.use_mem_pool) is in use at this call must
-// not matter to later ones. nullptr where there is no memory.
+// The tickets that are kept for the stream, or nullptr if the device has no memory for them. Launches on one stream
+// follow each other and share them. Launches on two streams may overlap and must not. They do not come from torch's
+// allocator: it may use the pool of a graph or of torch.cuda.use_mem_pool now, and later calls must not depend on that.
 unsigned* kept_tickets(const Call& call, int64_t count) {
   struct Kept {
     unsigned* data = nullptr;
@@ -75,10 +75,10 @@ unsigned* kept_tickets(const Call& call, int64_t count) {
   const std::lock_guard<std::mutex> lock(mutex);
   Kept& tickets = kept[{call.device.index(), call.stream}];
   if (tickets.count >= count) return tickets.data;
-  constexpr int64_t kAtLeast = 4096;  // 16 KiB: no network's layer asks for more
+  constexpr int64_t kAtLeast = 4096;  // 16 KiB, which is enough for the layers of usual networks
   const Kept larger{nullptr, std::max(count, kAtLeast)};
   const size_t bytes = size_t(larger.count) * sizeof(unsigned);
-  // Else to allocate would end the capture of a graph on another thread.
+  // Without relaxed mode, cudaMalloc would end the capture of a graph on another thread.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   check(cudaThreadExchangeStreamCaptureMode(&mode), call.op);
   void* data = nullptr;
@@ -86,17 +86,17 @@ unsigned* kept_tickets(const Call& call, int64_t count) {
   if (status == cudaSuccess) status = cudaMemsetAsync(data, 0, bytes, call.stream);
   check(cudaThreadExchangeStreamCaptureMode(&mode), call.op);
   if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // or a later call would find it
+    cudaGetLastError();  // clears the error, which a later call would report otherwise
     return nullptr;
   }
   check(status, call.op);
-  // The smaller ones stay: launches that use them may be under way.
+  // The smaller tickets are not freed, because launches may still use them.
   tickets = {static_cast<unsigned*>(data), larger.count};
   return tickets.data;
 }
 
-// Counters that are 0 between launches. While a graph is captured they are the graph's own, cleared whenever it is
-// replayed: it may be replayed on any stream.
+// Counters that are 0 between launches. A graph may be replayed on any stream, so a captured call gets counters of its
+// own, and each replay clears them.
 Tickets tickets_for(const Call& call, int64_t count) {
   if (count == 0) return {};
   cudaStreamCaptureStatus capture;
@@ -112,73 +112,45 @@ void check_fits(const Problem& p, const char* op) {
   TORCH_CHECK(fits(p), op, ": expected at most 2^34 values, got ", p.outer, " x ", p.channels, " x ", p.inner);
 }
 
-// Every argument struct has x's problem and lies on x's device, which ops.h has checked; `x` says which.
-struct Workspaces {
-  Workspaces(const Call& call, const LaunchPlan& plan, const Problem& p) {
-    partials = at::empty({cuda::workspace_bytes(plan, p)}, at::TensorOptions().dtype(at::kByte).device(call.device));
-    tickets = tickets_for(call, plan.tickets);
-  }
-
-  cuda::Workspace get() const { return {partials.mutable_data_ptr(), tickets.data}; }
-
-  at::Tensor partials;
-  Tickets tickets;
-};
-
-// With a workspace for each plan that is tried.
-template <class PlanFor, class Launch>
-void run(const Call& call, const Problem& p, PlanFor plan_for, Launch launch) {
-  const cudaError_t status = cuda::launch_planned(call.limits, plan_for, [&](const LaunchPlan& plan) {
-    const Workspaces workspaces(call, plan, p);
-    const cudaError_t of_launch = launch(plan, workspaces.get());
-    if (of_launch != cudaSuccess) cudaGetLastError();  // or a later call would find it
-    return of_launch;
-  });
-  check(status, call.op);
+// Plans and launches, with a workspace for each plan that is tried.
+template <class Args, class Plan, class Launch>
+void run(const char* op, const Args& args, c10::Device device, Plan plan_for, Launch launch) {
+  const Call call(op, device);
+  check_fits(args.problem, op);
+  const auto plan_on = [&](const DeviceLimits& limits) {
+    return plan_for(args.problem, cuda::request_of(args), limits);
+  };
+  const auto launch_plan = [&](const LaunchPlan& plan) {
+    const auto bytes = at::TensorOptions().dtype(at::kByte).device(device);
+    const at::Tensor partials = at::empty({cuda::workspace_bytes(plan, args.problem)}, bytes);
+    const Tickets tickets = tickets_for(call, plan.tickets);
+    const cudaError_t status = launch(args, plan, {partials.mutable_data_ptr(), tickets.data}, call.stream);
+    if (status != cudaSuccess) cudaGetLastError();  // clears the error, which a later call would report otherwise
+    return status;
+  };
+  check(cuda::launch_planned(call.limits, plan_on, launch_plan), op);
 }
 
 struct Cuda {
   static void batch_norm_stats(const MomentsArgs& args, c10::Device device) {
-    const Call call("bnfused::batch_norm_stats", device);
-    check_fits(args.problem, call.op);
-    const LaunchPlan plan = plan_stats(args.problem, cuda::request_of(args), call.limits);
-    const Workspaces workspaces(call, plan, args.problem);
-    check(cuda::batch_norm_stats(args, plan, workspaces.get(), call.stream), call.op);
+    run("bnfused::batch_norm_stats", args, device, plan_stats, cuda::batch_norm_stats);
   }
-
   static void batch_norm_gather_stats(const GatherArgs& args, c10::Device device) {
     const Call call("bnfused::batch_norm_gather_stats", device);
     const Tickets ticket = tickets_for(call, 1);
     check(cuda::batch_norm_gather_stats(args, ticket.data, call.stream), call.op);
   }
-
   static void batch_norm_train(const TrainArgs& args, c10::Device device) {
-    const Call call("bnfused::batch_norm_train", device);
-    check_fits(args.problem, call.op);
-    run(
-        call, args.problem,
-        [&](const DeviceLimits& device) { return plan_train(args.problem, cuda::request_of(args), device); },
-        [&](const LaunchPlan& plan, cuda::Workspace workspace) {
-          return cuda::batch_norm_train(args, plan, workspace, call.stream);
-        });
+    run("bnfused::batch_norm_train", args, device, plan_train, cuda::batch_norm_train);
   }
-
   static void batch_norm_apply(const ApplyArgs& args, c10::Device device) {
     const Call call("bnfused::batch_norm_apply", device);
     check_fits(args.problem, call.op);
     const LaunchPlan plan = plan_apply(args.problem, cuda::request_of(args), call.limits);
     check(cuda::batch_norm_apply(args, plan, call.stream), call.op);
   }
-
   static void batch_norm_backward(const BackwardArgs& args, c10::Device device) {
-    const Call call("bnfused::batch_norm_backward", device);
-    check_fits(args.problem, call.op);
-    run(
-        call, args.problem,
-        [&](const DeviceLimits& device) { return plan_backward(args.problem, cuda::request_of(args), device); },
-        [&](const LaunchPlan& plan, cuda::Workspace workspace) {
-          return cuda::batch_norm_backward(args, plan, workspace, call.stream);
-        });
+    run("bnfused::batch_norm_backward", args, device, plan_backward, cuda::batch_norm_backward);
   }
 
   static at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }

@@ -1,8 +1,9 @@
-// bnfused._C: the ops as functions of Python, and what is no tensor. No tensor crosses pybind11, so that it does not
-// matter which pybind11 torch was built with. Importing it registers the ops.
+// bnfused._C: the ops as functions of Python, the plans, and the facts of the build. Importing it registers the ops.
+// No tensor crosses pybind11, so it does not matter with which pybind11 torch was built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -17,87 +18,77 @@ namespace py = pybind11;
 namespace {
 
 using namespace bnfused;
+using namespace py::literals;
 
 const char* name_of(Strategy strategy) {
-  switch (strategy) {
-    case Strategy::kEmpty:
-      return "empty";
-    case Strategy::kSmall:
-      return "small";
-    case Strategy::kStreaming:
-      return "streaming";
-    case Strategy::kApply:
-      return "apply";
-    case Strategy::kReduce:
-      return "reduce";
-    case Strategy::kResident:
-      return "resident";
-  }
-  return "";
+  constexpr const char* kNames[] = {"empty", "small", "streaming", "apply", "reduce", "resident"};
+  static_assert(std::size(kNames) == size_t(Strategy::kResident) + 1);
+  return kNames[size_t(strategy)];
 }
 
 Strategy strategy_of(const std::string& name) {
-  if (name == "small") return Strategy::kSmall;
-  if (name == "streaming") return Strategy::kStreaming;
-  if (name == "resident") return Strategy::kResident;
+  for (const Strategy s : {Strategy::kSmall, Strategy::kStreaming, Strategy::kResident}) {
+    if (name == name_of(s)) return s;
+  }
   throw std::invalid_argument("bnfused: expected strategy small, streaming or resident, got " + name);
 }
 
 py::dict describe(const Rows& s) {
-  return py::dict(py::arg("channels") = s.channels, py::arg("copies") = s.copies, py::arg("columns") = s.columns,
-                  py::arg("rows") = s.rows, py::arg("tile") = s.tile, py::arg("tiles") = s.tiles,
-                  py::arg("row_slots") = s.row_slots, py::arg("parts") = s.parts, py::arg("threads") = s.threads,
-                  py::arg("blocks") = s.blocks());
+  return py::dict("channels"_a = s.channels, "copies"_a = s.copies, "columns"_a = s.columns, "rows"_a = s.rows,
+                  "tile"_a = s.tile, "tiles"_a = s.tiles, "row_slots"_a = s.row_slots, "parts"_a = s.parts,
+                  "threads"_a = s.threads, "blocks"_a = s.blocks());
 }
 
 py::dict describe(const Planes& s) {
-  return py::dict(py::arg("channels") = s.channels, py::arg("outer") = s.outer, py::arg("inner") = s.inner,
-                  py::arg("units_per_plane") = s.units_per_plane, py::arg("units_per_channel") = s.units_per_channel,
-                  py::arg("parts") = s.parts, py::arg("threads") = s.threads, py::arg("blocks") = s.blocks());
+  return py::dict("channels"_a = s.channels, "outer"_a = s.outer, "inner"_a = s.inner,
+                  "units_per_plane"_a = s.units_per_plane, "units_per_channel"_a = s.units_per_channel,
+                  "parts"_a = s.parts, "threads"_a = s.threads, "blocks"_a = s.blocks());
 }
 
 py::dict describe(const Flat& s) {
-  return py::dict(py::arg("units") = s.units, py::arg("units_per_block") = s.units_per_block,
-                  py::arg("planes_per_block") = s.planes_per_block, py::arg("threads") = s.threads,
-                  py::arg("blocks") = s.blocks());
+  return py::dict("units"_a = s.units, "units_per_block"_a = s.units_per_block,
+                  "planes_per_block"_a = s.planes_per_block, "threads"_a = s.threads, "blocks"_a = s.blocks());
 }
 
-// The launches in order: what each does, and how it is cut.
+py::dict describe(const Residency& r, const LaunchPlan& plan) {
+  const bool planes = plan.layout == Layout::kPlanes;
+  py::dict shape = planes ? describe(plan.planes) : describe(plan.reduce_rows);
+  shape["blocks"] = r.blocks(planes ? plan.planes.parts : plan.reduce_rows.parts);
+  shape["teams"] = r.teams;
+  shape["cluster"] = r.cluster;
+  shape["steps"] = r.steps;
+  shape["ahead"] = r.ahead;
+  shape["shared_bytes"] = r.keeps_bytes + (planes ? 0 : planning::table_bytes(plan.reduce_rows));
+  return shape;
+}
+
+// The launches in their order: the kernel of each, and how the problem is cut.
 py::list describe_launches(const LaunchPlan& plan) {
   py::list launches;
   const auto add = [&](const char* kernel, py::dict shape) {
     shape["kernel"] = kernel;
     launches.append(shape);
   };
+  const Strategy s = plan.strategy;
   const bool planes = plan.layout == Layout::kPlanes;
-  if (plan.strategy == Strategy::kEmpty) add("empty", py::dict(py::arg("blocks") = 1));
-  if (plan.strategy == Strategy::kSmall || plan.strategy == Strategy::kResident) {
-    py::dict shape = planes ? describe(plan.planes) : describe(plan.reduce_rows);
-    const Residency& r = plan.residency;
-    shape["blocks"] = r.blocks(planes ? plan.planes.parts : plan.reduce_rows.parts);
-    shape["teams"] = r.teams;
-    shape["cluster"] = r.cluster;
-    shape["steps"] = r.steps;
-    shape["ahead"] = r.ahead;
-    shape["shared_bytes"] = r.keeps_bytes + (planes ? 0 : planning::table_bytes(plan.reduce_rows));
-    add(name_of(plan.strategy), shape);
-  }
-  if (plan.strategy == Strategy::kStreaming || plan.strategy == Strategy::kReduce) {
+  if (s == Strategy::kEmpty) add("empty", py::dict("blocks"_a = 1));
+  if (s == Strategy::kSmall || s == Strategy::kResident) add(name_of(s), describe(plan.residency, plan));
+  if (s == Strategy::kStreaming || s == Strategy::kReduce) {
     add("reduce", planes ? describe(plan.planes) : describe(plan.reduce_rows));
   }
-  if (plan.strategy == Strategy::kStreaming || plan.strategy == Strategy::kApply) {
+  if (s == Strategy::kStreaming || s == Strategy::kApply) {
     add("apply", planes ? describe(plan.flat) : describe(plan.apply_rows));
   }
   return launches;
 }
 
-py::dict describe(const Merge& s) {
-  return py::dict(py::arg("parts") = s.parts, py::arg("columns") = s.columns,
-                  py::arg("columns_per_block") = s.columns_per_block, py::arg("threads") = s.threads,
-                  py::arg("blocks") = s.blocks());
+py::dict merge_as_dict(int64_t parts, int64_t channels) {
+  const Merge s = merge_of(parts, channels);
+  return py::dict("parts"_a = s.parts, "columns"_a = s.columns, "columns_per_block"_a = s.columns_per_block,
+                  "threads"_a = s.threads, "blocks"_a = s.blocks());
 }
 
-// The plan of the CUDA backend, on a device of which nothing more is known than its limits.
+// The plan of the CUDA backend for a device with these limits. It needs no such device.
 py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, int64_t inner, int dtype, bool wide,
                       bool residual, bool mask, bool training, bool grad_x, bool grad_residual, bool grad_parameters,
                       bool means, int sm_count, int compute_capability, int64_t shared_per_sm, bool cooperative,
@@ -106,48 +97,40 @@ py::dict plan_as_dict(const std::string& op, int64_t outer, int64_t channels, in
   if (!fits(problem)) throw std::invalid_argument("bnfused: expected at most 2^34 values");
   const DeviceLimits device{sm_count, compute_capability, shared_per_sm, cooperative};
   const std::optional<Strategy> forced = strategy ? std::optional(strategy_of(*strategy)) : std::nullopt;
-  const Strategy* asked = forced ? &*forced : nullptr;
   LaunchPlan plan;
   if (op == "stats") {
     plan = plan_stats(problem, {wide}, device);
   } else if (op == "train") {
-    plan = plan_train(problem, {wide, residual, mask}, device, asked);
+    plan = plan_train(problem, {wide, residual, mask, forced}, device);
   } else if (op == "eval") {
     plan = plan_apply(problem, {wide, residual, mask}, device);
   } else if (op == "backward") {
-    const BackwardRequest request{wide, residual, mask, training, grad_x, grad_residual, grad_parameters, means};
-    plan = plan_backward(problem, request, device, asked);
+    const BackwardRequest request{wide,          residual,        mask,  training, grad_x,
+                                  grad_residual, grad_parameters, means, forced};
+    plan = plan_backward(problem, request, device);
   } else {
     throw std::invalid_argument("bnfused: expected op stats, train, eval or backward, got " + op);
   }
-  return py::dict(py::arg("strategy") = name_of(plan.strategy),
-                  py::arg("layout") = plan.layout == Layout::kPlanes ? "planes" : "rows",
-                  py::arg("launches") = describe_launches(plan), py::arg("partials") = plan.partials,
-                  py::arg("tickets") = plan.tickets, py::arg("values_kept") = plan.residency.values,
-                  py::arg("bytes_read") = plan.bytes_read, py::arg("bytes_written") = plan.bytes_written,
-                  py::arg("why") = plan.why);
+  return py::dict("strategy"_a = name_of(plan.strategy),
+                  "layout"_a = plan.layout == Layout::kPlanes ? "planes" : "rows",
+                  "launches"_a = describe_launches(plan), "partials"_a = plan.partials, "tickets"_a = plan.tickets,
+                  "values_kept"_a = plan.residency.values, "bytes_read"_a = plan.bytes_read,
+                  "bytes_written"_a = plan.bytes_written, "why"_a = plan.why);
 }
 
 const char* name_of(cpu::Traversal traversal) {
-  switch (traversal) {
-    case cpu::Traversal::kPlanes:
-      return "planes";
-    case cpu::Traversal::kShortPlanes:
-      return "short planes";
-    case cpu::Traversal::kRows:
-      return "rows";
-  }
-  return "";
+  constexpr const char* kNames[] = {"planes", "short planes", "rows"};
+  static_assert(std::size(kNames) == size_t(cpu::Traversal::kRows) + 1);
+  return kNames[size_t(traversal)];
 }
 
 py::dict describe(const cpu::RowView& view) {
   py::list tasks;
   for (int64_t task = 0; task < view.tasks; ++task) tasks.append(py::make_tuple(view.begin(task), view.end(task)));
-  return py::dict(py::arg("columns") = view.columns, py::arg("full_rows") = view.full_rows, py::arg("tail") = view.tail,
-                  py::arg("tasks") = tasks);
+  return py::dict("columns"_a = view.columns, "full_rows"_a = view.full_rows, "tail"_a = view.tail, "tasks"_a = tasks);
 }
 
-// Of each part: the planes from begin to end, and the values of each of them from begin to end.
+// Each part as (plane_begin, plane_end, begin, end): its planes, and which values of each of them.
 py::list describe_parts(const cpu::CpuPlan& plan) {
   py::list parts;
   for (int64_t i = 0; i < plan.parts; ++i) {
@@ -157,7 +140,6 @@ py::list describe_parts(const cpu::CpuPlan& plan) {
   return parts;
 }
 
-// The plan of the CPU backend.
 py::dict cpu_plan_as_dict(const std::string& op, int64_t outer, int64_t channels, int64_t inner, int dtype,
                           int64_t threads, bool residual, bool mask, bool aligned) {
   const Problem problem{outer, channels, inner, static_cast<DType>(dtype)};
@@ -174,14 +156,13 @@ py::dict cpu_plan_as_dict(const std::string& op, int64_t outer, int64_t channels
   } else {
     throw std::invalid_argument("bnfused: expected op stats, train, apply or backward, got " + op);
   }
-  return py::dict(
-      py::arg("traversal") = name_of(plan.traversal), py::arg("outer") = plan.problem.outer,
-      py::arg("channels") = plan.problem.channels, py::arg("inner") = plan.problem.inner,
-      py::arg("group_channels") = plan.group_channels, py::arg("most_group_channels") = plan.most_group_channels,
-      py::arg("parts") = describe_parts(plan), py::arg("grain") = plan.grain, py::arg("streamed") = plan.streamed,
-      py::arg("prefetch") = plan.prefetch, py::arg("sum_rows") = describe(plan.sum_rows),
-      py::arg("rows") = describe(plan.rows), py::arg("from_memory") = plan.from_memory, py::arg("strip") = plan.strip,
-      py::arg("piece") = plan.piece, py::arg("passes") = plan.passes, py::arg("why") = plan.why);
+  return py::dict("traversal"_a = name_of(plan.traversal), "outer"_a = plan.problem.outer,
+                  "channels"_a = plan.problem.channels, "inner"_a = plan.problem.inner,
+                  "group_channels"_a = plan.group_channels, "most_group_channels"_a = plan.most_group_channels,
+                  "parts"_a = describe_parts(plan), "grain"_a = plan.grain, "streamed"_a = plan.streamed,
+                  "prefetch"_a = plan.prefetch, "sum_rows"_a = describe(plan.sum_rows), "rows"_a = describe(plan.rows),
+                  "from_memory"_a = plan.from_memory, "strip"_a = plan.strip, "piece"_a = plan.piece,
+                  "passes"_a = plan.passes, "why"_a = plan.why);
 }
 
 }  // namespace
@@ -190,10 +171,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of bnfused; use the Python package, not this module.";
   bnfused::ops::add_functions(m.ptr());
   m.def("build_info", [] {
-    py::dict info;
-    info["torch"] = BNFUSED_TORCH_VERSION;
-    info["compiler"] = __VERSION__;
-    info["cpu_capability"] = bnfused::cpu::capability_name();
+    py::dict info("torch"_a = BNFUSED_TORCH_VERSION, "compiler"_a = __VERSION__,
+                  "cpu_capability"_a = bnfused::cpu::capability_name());
 #ifdef _OPENMP
     info["openmp"] = true;
 #else
@@ -208,15 +187,11 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   });
-  m.def("plan", plan_as_dict, py::kw_only(), py::arg("op"), py::arg("outer"), py::arg("channels"), py::arg("inner"),
-        py::arg("dtype"), py::arg("wide") = true, py::arg("residual") = false, py::arg("mask") = false,
-        py::arg("training") = true, py::arg("grad_x") = true, py::arg("grad_residual") = false,
-        py::arg("grad_parameters") = true, py::arg("means") = false, py::arg("sm_count"), py::arg("compute_capability"),
-        py::arg("shared_per_sm") = 0, py::arg("cooperative") = true, py::arg("strategy") = py::none());
-  m.def("cpu_plan", cpu_plan_as_dict, py::kw_only(), py::arg("op"), py::arg("outer"), py::arg("channels"),
-        py::arg("inner"), py::arg("dtype"), py::arg("threads"), py::arg("residual") = false, py::arg("mask") = false,
-        py::arg("aligned") = true);
-  m.def(
-      "merge_plan", [](int64_t parts, int64_t channels) { return describe(merge_of(parts, channels)); }, py::kw_only(),
-      py::arg("parts"), py::arg("channels"));
+  m.def("plan", plan_as_dict, py::kw_only(), "op"_a, "outer"_a, "channels"_a, "inner"_a, "dtype"_a, "wide"_a = true,
+        "residual"_a = false, "mask"_a = false, "training"_a = true, "grad_x"_a = true, "grad_residual"_a = false,
+        "grad_parameters"_a = true, "means"_a = false, "sm_count"_a, "compute_capability"_a, "shared_per_sm"_a = 0,
+        "cooperative"_a = true, "strategy"_a = py::none());
+  m.def("cpu_plan", cpu_plan_as_dict, py::kw_only(), "op"_a, "outer"_a, "channels"_a, "inner"_a, "dtype"_a, "threads"_a,
+        "residual"_a = false, "mask"_a = false, "aligned"_a = true);
+  m.def("merge_plan", merge_as_dict, py::kw_only(), "parts"_a, "channels"_a);
 }

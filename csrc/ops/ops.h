@@ -1,14 +1,5 @@
-// The ops, written once for every backend: checks, allocation, saved tensors. A backend is a struct with
-//
-//   static void batch_norm_train(const TrainArgs&, c10::Device);
-//   static void batch_norm_apply(const ApplyArgs&, c10::Device);
-//   static void batch_norm_backward(const BackwardArgs&, c10::Device);
-//   static void batch_norm_stats(const MomentsArgs&, c10::Device);
-//   static void batch_norm_gather_stats(const GatherArgs&, c10::Device);
-//   static at::Tensor empty_like(const at::Tensor&);
-//   static void copy(const at::Tensor& from, const at::Tensor& to);  // same shape, any memory order
-//
-// Every check comes before any allocation or write, so an error leaves the running statistics unchanged.
+// The ops, written once for every backend: checks, allocation, saved tensors. Every check comes before any allocation
+// or write, so an error leaves the running statistics unchanged.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,7 +8,6 @@
 
 #include <array>
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "batch_norm.h"
@@ -26,12 +16,21 @@
 
 namespace bnfused::ops {
 
+// The functions that a backend has. These do nothing: python.cpp needs the ops' signatures, which are the same for
+// every backend.
+struct NoBackend {
+  static void batch_norm_train(const TrainArgs&, c10::Device) {}
+  static void batch_norm_apply(const ApplyArgs&, c10::Device) {}
+  static void batch_norm_backward(const BackwardArgs&, c10::Device) {}
+  static void batch_norm_stats(const MomentsArgs&, c10::Device) {}
+  static void batch_norm_gather_stats(const GatherArgs&, c10::Device) {}
+  static Tensor empty_like(const Tensor& x) { return x; }
+  static void copy(const Tensor& /*from*/, const Tensor& /*to*/) {}  // same shape, any memory order
+};
+
 inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-inline OptionalTensor contiguous(const OptionalTensor& t) {
-  if (!t) return std::nullopt;
-  return t->contiguous();
-}
+inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
 
 inline PerChannel written(const OptionalTensor& t) {
   return t ? PerChannel{t->mutable_data_ptr(), dtype_of(*t)} : PerChannel{};
@@ -49,27 +48,24 @@ inline void copy_back(const OptionalTensor& copy, const OptionalTensor& t) {
 
 // An uninitialized tensor on the device of x. On the CPU this skips the dispatcher, which takes about as long as the
 // allocation itself: a training step allocates eight tensors, and on a small tensor little else takes time.
-inline at::Tensor empty_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype) {
+inline Tensor new_empty(const Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype) {
   if (x.is_cpu()) return at::native::empty_cpu(sizes, dtype);
   return at::empty(sizes, x.options().dtype(dtype));
 }
 
 struct Saved {
-  at::Tensor mean, invstd, mask;
+  Tensor mean, invstd, mask;
 };
 
-inline Saved allocate_saved(const at::Tensor& x, const Problem& p, bool with_mask) {
-  return {empty_beside(x, {p.channels}, at::kDouble), empty_beside(x, {p.channels}, at::kDouble),
-          empty_beside(x, {with_mask ? mask_bytes(p) : 0}, at::kByte)};
-}
-
-inline bool wants_mask(const Epilogue& e, const OptionalTensor& residual) {
-  return e.activation == Activation::kReLU && residual.has_value();
+inline Saved allocate_saved(const Tensor& x, const Problem& p, const Epilogue& epilogue, bool has_residual) {
+  const bool has_mask = epilogue.activation == Activation::kReLU && has_residual;
+  return {new_empty(x, {p.channels}, at::kDouble), new_empty(x, {p.channels}, at::kDouble),
+          new_empty(x, {has_mask ? mask_bytes(p) : 0}, at::kByte)};
 }
 
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
-    const at::Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
+    const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
     const OptionalTensor& running_mean_in, const OptionalTensor& running_var_in,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& residual_in, std::optional<double> momentum,
     double eps, int64_t activation, double activation_param) {
@@ -82,18 +78,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
   check.count(num_batches_tracked);
   check.like_x(residual_in, "residual");
   const Epilogue epilogue = check.epilogue(activation, activation_param);
-  TORCH_CHECK(momentum || num_batches_tracked, op, ": expected num_batches_tracked beside momentum None, got None");
+  TORCH_CHECK(momentum || num_batches_tracked, op, ": expected num_batches_tracked if momentum is None, got None");
   TORCH_CHECK(eps > 0, op, ": expected eps to be positive, got ", eps);
 
-  const at::Tensor x = dense(x_in);
+  const Tensor x = dense(x_in);
   const Problem p = problem_of(x);
   TORCH_CHECK_VALUE(p.values_per_channel() != 1 || p.channels == 0,
                     "Expected more than 1 value per channel when training, got input size torch.Size(", x.sizes(), ")");
   const OptionalTensor residual = in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
   const OptionalTensor running_mean = contiguous(running_mean_in), running_var = contiguous(running_var_in);
-  const at::Tensor y = Backend::empty_like(x);
-  const Saved saved = allocate_saved(x, p, wants_mask(epilogue, residual));
+  const Tensor y = Backend::empty_like(x);
+  const Saved saved = allocate_saved(x, p, epilogue, residual.has_value());
 
   TrainArgs args{};
   args.problem = p;
@@ -118,13 +114,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
   return {y, saved.mean, saved.invstd, saved.mask};
 }
 
-// Normalizes x with the statistics that are given: what batch_norm_eval, batch_norm_frozen and batch_norm_apply share.
-// Fills `saved`, unless it is nullptr, with what the backward needs.
+// Normalizes x with given statistics, for batch_norm_eval, batch_norm_frozen and batch_norm_apply. Fills `saved` with
+// what the backward needs, unless it is nullptr.
 template <class Backend>
-at::Tensor apply_statistics(const char* op, const at::Tensor& x_in, const OptionalTensor& weight_in,
-                            const OptionalTensor& bias_in, const at::Tensor& mean_in, const at::Tensor& var_in,
-                            const OptionalTensor& residual_in, double eps, int64_t activation, double activation_param,
-                            Saved* saved, bool exact_statistics = false) {
+Tensor apply_statistics(const char* op, const Tensor& x_in, const OptionalTensor& weight_in,
+                        const OptionalTensor& bias_in, const Tensor& mean_in, const Tensor& var_in,
+                        const OptionalTensor& residual_in, double eps, int64_t activation, double activation_param,
+                        Saved* saved, bool exact_statistics = false) {
   const Checker check(op, x_in);
   check.per_channel(weight_in, "weight");
   check.per_channel(bias_in, "bias");
@@ -139,12 +135,12 @@ at::Tensor apply_statistics(const char* op, const at::Tensor& x_in, const Option
   const Epilogue epilogue = check.epilogue(activation, activation_param);
   TORCH_CHECK(eps >= 0, op, ": expected eps to be non-negative, got ", eps);
 
-  const at::Tensor x = dense(x_in);
+  const Tensor x = dense(x_in);
   const Problem p = problem_of(x);
   const OptionalTensor residual = in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
   const OptionalTensor mean = mean_in.contiguous(), var = var_in.contiguous();
-  const at::Tensor y = Backend::empty_like(x);
+  const Tensor y = Backend::empty_like(x);
 
   ApplyArgs args{};
   args.problem = p;
@@ -158,7 +154,7 @@ at::Tensor apply_statistics(const char* op, const at::Tensor& x_in, const Option
   args.eps = eps;
   args.epilogue = epilogue;
   if (saved) {
-    *saved = allocate_saved(x, p, wants_mask(epilogue, residual));
+    *saved = allocate_saved(x, p, epilogue, residual.has_value());
     args.mask = saved->mask.numel() ? saved->mask.mutable_data_ptr<uint8_t>() : nullptr;
     args.mean = saved->mean.mutable_data_ptr<double>();
     args.invstd = saved->invstd.mutable_data_ptr<double>();
@@ -168,39 +164,39 @@ at::Tensor apply_statistics(const char* op, const at::Tensor& x_in, const Option
 }
 
 template <class Backend>
-at::Tensor batch_norm_eval(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                           const at::Tensor& running_mean, const at::Tensor& running_var,
-                           const OptionalTensor& residual, double eps, int64_t activation, double activation_param) {
+Tensor batch_norm_eval(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                       const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& residual,
+                       double eps, int64_t activation, double activation_param) {
   return apply_statistics<Backend>("bnfused::batch_norm_eval", x, weight, bias, running_mean, running_var, residual,
                                    eps, activation, activation_param, nullptr);
 }
 
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_frozen(
-    const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& running_mean,
-    const at::Tensor& running_var, const OptionalTensor& residual, double eps, int64_t activation,
-    double activation_param) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_frozen(const Tensor& x, const OptionalTensor& weight,
+                                                             const OptionalTensor& bias, const Tensor& running_mean,
+                                                             const Tensor& running_var, const OptionalTensor& residual,
+                                                             double eps, int64_t activation, double activation_param) {
   Saved saved;
-  at::Tensor y = apply_statistics<Backend>("bnfused::batch_norm_frozen", x, weight, bias, running_mean, running_var,
-                                           residual, eps, activation, activation_param, &saved);
+  Tensor y = apply_statistics<Backend>("bnfused::batch_norm_frozen", x, weight, bias, running_mean, running_var,
+                                       residual, eps, activation, activation_param, &saved);
   return {y, saved.mean, saved.invstd, saved.mask};
 }
 
 template <class Backend>
-at::Tensor batch_norm_stats(const at::Tensor& x_in) {
+Tensor batch_norm_stats(const Tensor& x_in) {
   const Checker check("bnfused::batch_norm_stats", x_in);
-  const at::Tensor x = dense(x_in);
+  const Tensor x = dense(x_in);
   const Problem p = problem_of(x);
   const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor moments = empty_beside(x, {packed_size(p.channels, dtype == at::kDouble)}, dtype);
+  const Tensor moments = new_empty(x, {packed_size(p.channels, dtype == at::kDouble)}, dtype);
   Backend::batch_norm_stats(
       {p, x.const_data_ptr(), packed_at(moments.mutable_data_ptr(), p.channels, dtype_of(moments))}, x.device());
   return moments;
 }
 
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
-    const at::Tensor& moments_in, const OptionalTensor& running_mean_in, const OptionalTensor& running_var_in,
+std::tuple<Tensor, Tensor, Tensor> batch_norm_gather_stats(
+    const Tensor& moments_in, const OptionalTensor& running_mean_in, const OptionalTensor& running_var_in,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& merged, std::optional<double> momentum) {
   const char* op = "bnfused::batch_norm_gather_stats";
   const auto dtype = moments_in.scalar_type();
@@ -211,32 +207,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
   const int64_t channels = of_float64 ? (size - 1) / 2 : (size - 2) / 3;
   TORCH_CHECK(size > 0 && size == packed_size(channels, of_float64), op, ": expected moments of shape [parts, ",
               of_float64 ? "2 C + 1" : "3 C + 2", "], got ", moments_in.sizes());
-  const auto expect = [&](const at::Tensor& t, const char* name, at::IntArrayRef sizes, bool fits, const char* dtype) {
-    TORCH_CHECK(t.sizes() == sizes, op, ": expected ", name, " of shape ", sizes, ", got ", t.sizes());
-    TORCH_CHECK(fits, op, ": expected ", name, " of ", dtype, ", got ", name_of(t.scalar_type()));
-    TORCH_CHECK(t.device() == moments_in.device(), op, ": expected ", name, " on ", moments_in.device(), ", got ",
-                t.device());
-  };
+  const Checker check(op, moments_in);
   const auto expect_running = [&](const OptionalTensor& t, const char* name) {
     if (!t) return;
-    const auto dtype = t->scalar_type();
-    const bool known = dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
-    expect(*t, name, {channels}, known, "float16, bfloat16, float32 or float64");
+    check.shape(*t, name, channels);
+    TORCH_CHECK(is_supported(t->scalar_type()), op, ": expected ", name,
+                " of float16, bfloat16, float32 or float64, got ", name_of(t->scalar_type()));
+    check.device(*t, name);
   };
   expect_running(running_mean_in, "running_mean");
   expect_running(running_var_in, "running_var");
-  Checker(op, moments_in).count(num_batches_tracked);
+  check.count(num_batches_tracked);
   if (merged) {
-    expect(*merged, "merged", {size}, merged->scalar_type() == dtype, "the dtype of moments");
+    check.shape(*merged, "merged", size);
+    TORCH_CHECK(merged->scalar_type() == dtype, op, ": expected merged of the dtype of moments, got ",
+                name_of(merged->scalar_type()));
+    check.device(*merged, "merged");
     TORCH_CHECK(merged->is_contiguous(), op, ": expected merged to be contiguous");
   }
-  TORCH_CHECK(momentum || num_batches_tracked, op, ": expected num_batches_tracked beside momentum None, got None");
+  TORCH_CHECK(momentum || num_batches_tracked, op, ": expected num_batches_tracked if momentum is None, got None");
 
-  const at::Tensor moments = moments_in.contiguous();
+  const Tensor moments = moments_in.contiguous();
   const OptionalTensor running_mean = contiguous(running_mean_in), running_var = contiguous(running_var_in);
-  const at::Tensor batch_mean = empty_beside(moments, {channels}, at::kDouble);
-  const at::Tensor batch_var = empty_beside(moments, {channels}, at::kDouble);
-  const at::Tensor batch_count = empty_beside(moments, {}, at::kDouble);
+  const Tensor batch_mean = new_empty(moments, {channels}, at::kDouble);
+  const Tensor batch_var = new_empty(moments, {channels}, at::kDouble);
+  const Tensor batch_count = new_empty(moments, {}, at::kDouble);
 
   GatherArgs args{};
   args.parts = moments.size(0);
@@ -259,37 +254,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gather_stats(
 }
 
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& x, const OptionalTensor& weight,
-                                                                const OptionalTensor& bias, const at::Tensor& mean,
-                                                                const at::Tensor& var, const OptionalTensor& residual,
-                                                                double eps, int64_t activation,
-                                                                double activation_param) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_apply(const Tensor& x, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                                                    const OptionalTensor& residual, double eps, int64_t activation,
+                                                    double activation_param) {
   Saved saved;
-  at::Tensor y = apply_statistics<Backend>("bnfused::batch_norm_apply", x, weight, bias, mean, var, residual, eps,
-                                           activation, activation_param, &saved,
-                                           /*exact_statistics=*/true);
+  Tensor y = apply_statistics<Backend>("bnfused::batch_norm_apply", x, weight, bias, mean, var, residual, eps,
+                                       activation, activation_param, &saved, /*exact_statistics=*/true);
   return {y, saved.invstd, saved.mask};
 }
 
-// The sums of g and of g * xhat over the whole batch, of which x is a part, and the batch's values per channel.
+// The sums of g and of g * xhat over the whole batch, of which x is a part, and how many values it has per channel.
 struct BatchSums {
-  const at::Tensor &sums, &count;
+  const Tensor &sums, &count;
 };
 
 // The two rows of `sums`, which has shape [2, C]: the sums of g, and those of g * xhat.
-inline std::tuple<PerChannel, PerChannel> split_sums(const at::Tensor& sums) {
+inline std::tuple<PerChannel, PerChannel> split_sums(const Tensor& sums) {
   char* data = static_cast<char*>(const_cast<void*>(sums.const_data_ptr()));
   return {{data, dtype_of(sums)}, {data + sums.size(1) * sums.element_size(), dtype_of(sums)}};
 }
 
-// What the three backward ops share. `of_batch`: the sums are given, over the whole batch; nullptr: they are computed
-// from x. `sums_of_x`: where the sums over x are written; nullptr: they are only used.
+// Computes the three backward ops. `of_batch` has the sums over the whole batch; if it is nullptr, they are computed
+// from x. `sums_of_x` is where the sums over x are written; if it is nullptr, they are only used.
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_with(
-    const char* op, const BatchSums* of_batch, const at::Tensor* sums_of_x, const at::Tensor& grad_y_in,
-    const at::Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
-    const OptionalTensor& residual_in, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
-    int64_t activation, double activation_param, bool training, std::array<bool, 4> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_with(
+    const char* op, const BatchSums* of_batch, const Tensor* sums_of_x, const Tensor& grad_y_in, const Tensor& x_in,
+    const OptionalTensor& weight_in, const OptionalTensor& bias_in, const OptionalTensor& residual_in,
+    const Tensor& mean, const Tensor& invstd, const OptionalTensor& mask, int64_t activation, double activation_param,
+    bool training, std::array<bool, 4> output_mask) {
   const Checker check(op, x_in);
   check.like_x(grad_y_in, "grad_y");
   check.per_channel(weight_in, "weight");
@@ -301,29 +294,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_w
   const Epilogue epilogue = check.epilogue(activation, activation_param);
   const auto [need_x, need_weight, need_bias, need_residual] = output_mask;
 
-  const at::Tensor x = dense(x_in);
+  const Tensor x = dense(x_in);
   const Problem p = problem_of(x);
   // The mask tells ReLU's gradient all that it needs to know about the residual, so the caller may omit the residual.
   const bool use_mask = epilogue.activation == Activation::kReLU && (residual_in || (mask && mask->numel() != 0));
   if (use_mask) {
     TORCH_CHECK(mask && mask->scalar_type() == at::kByte && mask->numel() == mask_bytes(p) && mask->is_contiguous(), op,
-                ": expected mask of ", mask_bytes(p), " bytes beside ReLU with a residual, got ",
+                ": expected mask of ", mask_bytes(p), " bytes for ReLU with a residual, got ",
                 mask ? mask->numel() : 0);
   }
-  const at::Tensor grad_y = in_order_of<Backend>(grad_y_in, x);
+  const Tensor grad_y = in_order_of<Backend>(grad_y_in, x);
   const OptionalTensor residual = use_mask ? OptionalTensor{} : in_order_of<Backend>(residual_in, x);
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
 
   const auto parameter = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto like_parameter = [&](const OptionalTensor& t, bool needed) {
-    return empty_beside(x, {needed ? p.channels : 0}, t ? t->scalar_type() : parameter);
+    return new_empty(x, {needed ? p.channels : 0}, t ? t->scalar_type() : parameter);
   };
-  const auto like_x = [&](bool needed) {
-    return needed ? Backend::empty_like(x) : empty_beside(x, {0}, x.scalar_type());
-  };
-  const at::Tensor grad_x = like_x(need_x), grad_residual = like_x(need_residual);
-  const at::Tensor grad_weight = like_parameter(weight, need_weight);
-  const at::Tensor grad_bias = like_parameter(bias, need_bias);
+  const auto like_x = [&](bool needed) { return needed ? Backend::empty_like(x) : new_empty(x, {0}, x.scalar_type()); };
+  const Tensor grad_x = like_x(need_x), grad_residual = like_x(need_residual);
+  const Tensor grad_weight = like_parameter(weight, need_weight);
+  const Tensor grad_bias = like_parameter(bias, need_bias);
 
   BackwardArgs args{};
   args.problem = p;
@@ -351,36 +342,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_w
 }
 
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
-    const at::Tensor& grad_y, const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
-    int64_t activation, double activation_param, bool training, std::array<bool, 4> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_y, const Tensor& x,
+                                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                                               const OptionalTensor& residual, const Tensor& mean,
+                                                               const Tensor& invstd, const OptionalTensor& mask,
+                                                               int64_t activation, double activation_param,
+                                                               bool training, std::array<bool, 4> output_mask) {
   return batch_norm_backward_with<Backend>("bnfused::batch_norm_backward", nullptr, nullptr, grad_y, x, weight, bias,
                                            residual, mean, invstd, mask, activation, activation_param, training,
                                            output_mask);
 }
 
 template <class Backend>
-at::Tensor batch_norm_backward_reduce(const at::Tensor& grad_y, const at::Tensor& x, const OptionalTensor& weight,
-                                      const OptionalTensor& bias, const OptionalTensor& residual,
-                                      const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& mask,
-                                      int64_t activation, double activation_param) {
+Tensor batch_norm_backward_reduce(const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight,
+                                  const OptionalTensor& bias, const OptionalTensor& residual, const Tensor& mean,
+                                  const Tensor& invstd, const OptionalTensor& mask, int64_t activation,
+                                  double activation_param) {
   const char* op = "bnfused::batch_norm_backward_reduce";
   const Checker check(op, x);  // before x's size is used
-  const at::Tensor sums = empty_beside(x, {2, x.size(1)}, at::kDouble);
+  const Tensor sums = new_empty(x, {2, x.size(1)}, at::kDouble);
   batch_norm_backward_with<Backend>(op, nullptr, &sums, grad_y, x, weight, bias, residual, mean, invstd, mask,
                                     activation, activation_param, /*training=*/false, {false, false, false, false});
   return sums;
 }
 
 template <class Backend>
-std::tuple<at::Tensor, at::Tensor> batch_norm_backward_apply(const at::Tensor& grad_y, const at::Tensor& x,
-                                                             const OptionalTensor& weight, const OptionalTensor& bias,
-                                                             const OptionalTensor& residual, const at::Tensor& mean,
-                                                             const at::Tensor& invstd, const OptionalTensor& mask,
-                                                             const at::Tensor& sums, const at::Tensor& count,
-                                                             int64_t activation, double activation_param,
-                                                             std::array<bool, 2> output_mask) {
+std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& grad_y, const Tensor& x,
+                                                     const OptionalTensor& weight, const OptionalTensor& bias,
+                                                     const OptionalTensor& residual, const Tensor& mean,
+                                                     const Tensor& invstd, const OptionalTensor& mask,
+                                                     const Tensor& sums, const Tensor& count, int64_t activation,
+                                                     double activation_param, std::array<bool, 2> output_mask) {
   const BatchSums of_batch{sums, count};
   const auto [grad_x, grad_weight, grad_bias, grad_residual] = batch_norm_backward_with<Backend>(
       "bnfused::batch_norm_backward_apply", &of_batch, nullptr, grad_y, x, weight, bias, residual, mean, invstd, mask,
@@ -409,6 +401,8 @@ constexpr auto all_ops() {
       Op{"batch_norm_backward_apply", batch_norm_backward_apply<Backend>},
   };
 }
+
+void define(torch::Library& m);  // schema.cpp
 
 // Registers the backend for every op.
 template <class Backend>

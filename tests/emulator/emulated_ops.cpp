@@ -11,12 +11,12 @@
 #include "cuda/launch.h"
 #include "emulator.h"
 #include "ops/ops.h"
-#include "ops/schema.h"
 
 namespace {
 
 using namespace bnfused;
 using emulator::GuardedBuffer;
+using planning::bytes_of;
 
 struct Settings {
   bool vary_schedule = true;  // each launch has another schedule, in turn
@@ -115,8 +115,6 @@ DeviceLimits limits() {
   return {static_cast<int>(o.sm_count), settings.compute_capability, static_cast<int64_t>(o.shared_per_sm)};
 }
 
-const Strategy* forced() { return settings.strategy ? &*settings.strategy : nullptr; }
-
 void choose_schedule() {
   ++calls;
   if (!settings.vary_schedule) return;
@@ -132,15 +130,23 @@ void choose_schedule() {
 
 void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "emulated device: ", emulator::report()); }
 
-int64_t bytes_of(const Problem& p) { return p.numel() * planning::size_of(p.dtype); }
+template <class Args>
+auto request_of(const Args& args) {
+  auto request = cuda::request_of(args);
+  request.forced = settings.strategy;
+  return request;
+}
 
-// The plan of the strategy that the tests force, or of the planner's choice.
-template <class PlanFor, class Launch>
-void run(const Problem& p, PlanFor plan_for, Launch launch) {
-  check(cuda::launch_planned(limits(), plan_for, [&](const LaunchPlan& plan) {
+// Plans and launches, with a workspace for each plan that is tried.
+template <class Args, class Plan, class Launch>
+void run(const Args& args, Plan plan_for, Launch launch) {
+  const Problem& p = args.problem;
+  TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
+  const auto plan_on = [&](const DeviceLimits& device) { return plan_for(p, request_of(args), device); };
+  check(cuda::launch_planned(limits(), plan_on, [&](const LaunchPlan& plan) {
     DeviceWorkspace workspace(plan, p);
     choose_schedule();
-    const cudaError_t status = launch(plan, workspace.get());
+    const cudaError_t status = launch(args, plan, workspace.get(), nullptr);
     if (status == cudaSuccess) workspace.check_tickets();
     return status;
   }));
@@ -158,12 +164,7 @@ struct Emulated {
     args.x = memory.input("x", host.x, bytes_of(p));
     args.moments = memory.output(host.moments, p.channels);
 
-    TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
-    const LaunchPlan plan = plan_stats(p, cuda::request_of(args), limits());
-    DeviceWorkspace workspace(plan, p);
-    choose_schedule();
-    check(cuda::batch_norm_stats(args, plan, workspace.get(), nullptr));
-    workspace.check_tickets();
+    run(args, plan_stats, cuda::batch_norm_stats);
     memory.copy_back();
   }
 
@@ -208,12 +209,7 @@ struct Emulated {
     args.mean = memory.output("mean", host.mean, doubles);
     args.invstd = memory.output("invstd", host.invstd, doubles);
 
-    TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
-    run(
-        p, [&](const DeviceLimits& device) { return plan_train(p, cuda::request_of(args), device, forced()); },
-        [&](const LaunchPlan& plan, cuda::Workspace workspace) {
-          return cuda::batch_norm_train(args, plan, workspace, nullptr);
-        });
+    run(args, plan_train, cuda::batch_norm_train);
     memory.copy_back();
   }
 
@@ -263,12 +259,7 @@ struct Emulated {
     args.grad_weight = memory.output("grad_weight", host.grad_weight, c);
     args.grad_bias = memory.output("grad_bias", host.grad_bias, c);
 
-    TORCH_CHECK(fits(p), "emulated device: the tensor is too large");
-    run(
-        p, [&](const DeviceLimits& device) { return plan_backward(p, cuda::request_of(args), device, forced()); },
-        [&](const LaunchPlan& plan, cuda::Workspace workspace) {
-          return cuda::batch_norm_backward(args, plan, workspace, nullptr);
-        });
+    run(args, plan_backward, cuda::batch_norm_backward);
     memory.copy_back();
   }
 };

@@ -5,8 +5,8 @@
 //   run_launchers NAME [SITE]       runs one; drops barrier or fence SITE
 //
 // It prints one line for each schedule: "forward: " and a hash of everything written, or the emulator's report.
-// Then it prints the sites that were met and the kernels that ran, one line each. The results only must not depend on
-// the schedule; other tests check their values.
+// Then it prints the sites that were met and the kernels that ran, one line each. The results must be the same
+// under every schedule. Other tests check their values.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -37,7 +37,7 @@ struct Case {
   Activation activation = Activation::kReLU;
   bool residual = false;
   std::optional<Strategy> strategy = {};
-  size_t phase = 0;  // of the addresses of x, y and grad_x, modulo 16
+  size_t phase = 0;  // the addresses of x, y and grad_x modulo 16
   bool parameters = true;
   bool grad_x = true;
   DeviceLimits device = {1, 90};  // one SM, so that there are few blocks
@@ -171,7 +171,7 @@ const Case kCases[] = {
     {.name = "empty_in_parts", .problem = {0, 5, 1, kFloat}, .in_parts = true},
 };
 
-// The state that batches update.
+// The state that a batch updates.
 struct RunningArgs {
   PerChannel mean, var;
   int64_t* counter;
@@ -296,7 +296,6 @@ cudaError_t run(const Case& c, Memory& memory) {
   const auto doubles = p.channels * static_cast<int64_t>(sizeof(double));
   const bool masked = c.residual && c.activation == kReLU;
   const DType parameters = p.dtype == kDouble ? kDouble : kFloat;
-  const Strategy* forced = c.strategy ? &*c.strategy : nullptr;
   const Epilogue epilogue{c.activation, 0};
 
   const void* x = memory.numbers("x", n, p.dtype, c.phase);
@@ -325,7 +324,9 @@ cudaError_t run(const Case& c, Memory& memory) {
   } else if (c.training) {
     const TrainArgs args{p,           x,       residual, y,      mask, weight, bias, running_mean,
                          running_var, counter, mean,     invstd, kEps, 0,      true, epilogue};
-    const LaunchPlan plan = plan_train(p, cuda::request_of(args), c.device, forced);
+    Request request = cuda::request_of(args);
+    request.forced = c.strategy;
+    const LaunchPlan plan = plan_train(p, request, c.device);
     status = cuda::batch_norm_train(args, plan, memory.workspace(plan, p), nullptr);
   } else {
     const ApplyArgs args{p,           x,    residual, y,    mask,    weight, bias, running_mean,
@@ -365,7 +366,9 @@ cudaError_t run(const Case& c, Memory& memory) {
     args.batch_count = static_cast<double*>(memory.numbers("batch_count", 1, kDouble));
     args.grad_weight = args.grad_bias = {};
   }
-  const LaunchPlan plan = plan_backward(p, cuda::request_of(args), c.device, forced);
+  BackwardRequest request = cuda::request_of(args);
+  request.forced = c.strategy;
+  const LaunchPlan plan = plan_backward(p, request, c.device);
   return cuda::batch_norm_backward(args, plan, memory.workspace(plan, p), nullptr);
 }
 

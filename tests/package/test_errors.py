@@ -29,12 +29,12 @@ REFUSED = {
     "weight float64": (
         lambda p: {"weight": p.weight.double()},
         RuntimeError,
-        r"weight of (torch\.)?float32( beside x of float32)?, got (torch\.)?float64",
+        r"weight of (torch\.)?float32( with x of float32)?, got (torch\.)?float64",
     ),
-    "weight float16 beside float32": (
+    "weight float16 with float32": (
         lambda p: {"weight": p.weight.half()},
         RuntimeError,
-        r"weight of (torch\.)?float32( beside x of float32)?, got (torch\.)?float16",
+        r"weight of (torch\.)?float32( with x of float32)?, got (torch\.)?float16",
     ),
     "running_var of integers": (
         lambda p: {"running_var": torch.ones(3, dtype=torch.long)},

@@ -283,7 +283,7 @@ def test_forward_refuses(name, what):
 def test_cumulative_average_needs_a_counter():
     """At the op, momentum None without a counter is an error; the functional makes it 0.0."""
     p = cases.make((4, 3, 5), momentum=None, counter=None)
-    with pytest.raises(RuntimeError, match="expected num_batches_tracked beside momentum None"):
+    with pytest.raises(RuntimeError, match="expected num_batches_tracked if momentum is None"):
         op("batch_norm_train")(*train_args(p))
 
 
