@@ -1,5 +1,4 @@
-// The launch of the apply kernels, which is all of batch_norm_apply, and the second half of a training forward in two
-// launches. The kernels are compiled once, in batch_norm_apply.cu.
+// The launch of the apply kernels: all of batch_norm_apply, and the second half of a training forward in two launches.
 #pragma once
 #include "cuda/launch.h"
 #include "kernels/batch_norm_apply.cuh"

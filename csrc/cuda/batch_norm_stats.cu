@@ -1,5 +1,4 @@
-// Launches of the statistics: of a batch for the training forward, of a part of a batch, and of a whole batch from the
-// moments of its parts.
+// Launches of the statistics: of a batch, of a part of a batch, and of a batch from the moments of its parts.
 #include "cuda/dispatch.h"
 #include "cuda/stats.h"
 #include "kernels/batch_norm_gather_stats.cuh"

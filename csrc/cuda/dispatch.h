@@ -1,5 +1,4 @@
-// Turns a dtype and an activation, which are values, into template parameters. Also has the helpers that all launches
-// share.
+// Turns a dtype and an activation, which are values, into template parameters. Also has what all launches share.
 #pragma once
 #include <algorithm>
 #include <initializer_list>
@@ -68,8 +67,8 @@ cudaError_t launch_empty(const Args& args, int64_t* num_batches_tracked, cudaStr
                 num_batches_tracked);
 }
 
-// Launches a kernel of kSmall or kResident. Blocks that wait for each other must run at the same time. Those of a
-// cluster always do, and a cooperative launch runs all of its blocks at once or fails.
+// Launches a kernel of kSmall or kResident. Blocks that wait for each other must run at the same time: those of a
+// cluster do, and a cooperative launch runs all of its blocks at once or fails.
 template <class Shape, class... Parameters, class... Arguments>
 cudaError_t launch_resident(const LaunchPlan& plan, const Shape& s, cudaStream_t stream, void (*kernel)(Parameters...),
                             const Arguments&... arguments) {
@@ -83,8 +82,7 @@ cudaError_t launch_resident(const LaunchPlan& plan, const Shape& s, cudaStream_t
     const cudaError_t status = clusters_at_once(c, kernel, &at_once);
     if (status != cudaSuccess) return status;
     // Teams take their tiles in rounds. If fewer teams fit than planned, there are more rounds, and most of the device
-    // is idle in the last one. More than an eighth more rounds is refused. If each team has many tiles, fewer teams
-    // change little.
+    // is idle in the last one. More than an eighth more rounds is refused.
     const auto rounds = [&](unsigned teams) { return (s.domains() + teams - 1) / teams; };
     if (at_once == 0 || (at_once < residency.teams && 8 * rounds(at_once) > 9 * rounds(residency.teams))) {
       return cudaErrorCooperativeLaunchTooLarge;

@@ -8,9 +8,8 @@
 
 namespace bnfused::cuda {
 
-// Memory that a launch needs in addition to its arguments. `partials` has workspace_bytes() of any content. `tickets`
-// has as many counters as the plan says. They are 0 before and after the launch, and no launch on another stream may
-// share them.
+// Memory that a launch needs: workspace_bytes() of any content, and the plan's tickets. They are 0 before and after the
+// launch, and no launch on another stream may share them.
 struct Workspace {
   void* partials;
   unsigned* tickets;
@@ -30,9 +29,8 @@ cudaError_t batch_norm_stats(const MomentsArgs&, const LaunchPlan&, Workspace, c
 cudaError_t batch_norm_gather_stats(const GatherArgs&, unsigned* ticket, cudaStream_t);
 cudaError_t batch_norm_backward(const BackwardArgs&, const LaunchPlan&, Workspace, cudaStream_t);
 
-// Launches by the plan for `device`. If the device also has other work, it may have less room for blocks that wait for
-// each other than its limits say. Then this takes the plan for a device without clusters. If that does not fit either,
-// it takes the plan for a device whose blocks cannot wait for each other.
+// Launches by the plan for `device`. If other work leaves too little room for blocks that wait, this takes the plan for
+// a device without clusters. If that does not fit either, it takes the plan for a device whose blocks cannot wait.
 template <class PlanFor, class Launch>
 cudaError_t launch_planned(DeviceLimits device, PlanFor plan_for, Launch launch) {
   for (;;) {

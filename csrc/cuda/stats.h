@@ -1,5 +1,4 @@
-// The launch of the statistics kernels, for the training forward and for a part of a batch. The kernels are compiled
-// once, in batch_norm_stats.cu.
+// The launch of the statistics kernels, for the training forward and for a part of a batch.
 #pragma once
 #include "cuda/launch.h"
 #include "cuda/workspace.h"

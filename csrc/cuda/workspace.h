@@ -1,7 +1,5 @@
-// What lies where in the workspace of a launch.
-//
-// A slope and an offset for each channel come first, and then the partial sums. The forward has partial sums alone and
-// starts with them: it leaves the room for the slopes unused.
+// What lies where in the workspace of a launch: first a slope and an offset for each channel, then the partial sums. A
+// forward has only partial sums, and starts with them.
 #pragma once
 #include "cuda/launch.h"
 #include "kernels/batch_norm_backward.cuh"

@@ -1,10 +1,9 @@
 // The accumulators of the reductions: the moments of x, and the two sums of the backward. Both are merged in a fixed
 // order, so that results repeat bit by bit.
 //
-// Accuracy: values are added in float32 (float64 for float64) over a short run only, as differences from a shift near
-// their mean. The runs are merged in float64 by Chan's formula. The shift of a run is the mean of its first values, and
-// never a single value. With n values, a shift that is off by d costs the variance n * d^2 * 2^-24. If one outlier
-// among the first 8 values caused that, it adds (8 d)^2 to the variance by itself, so the relative loss stays small.
+// Accuracy: values are added in float32 (float64 for float64) over short runs, as differences from a shift: the mean of
+// the first values of a run. The runs are merged in float64 by Chan's formula. With n values, a shift that is off by d
+// costs the variance n * d^2 * 2^-24. If an outlier among the first 8 values caused that, it adds (8 d)^2 by itself.
 // Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 #pragma once
 #include <cfloat>
@@ -13,8 +12,7 @@
 
 namespace bnfused {
 
-// Count, mean, and sum of squared differences from the mean (m2). The count is a float, except for float64 tensors: the
-// ratio of two counts only weighs a difference of means, and 24 bits suffice for that.
+// Count, mean, and sum of squared differences from the mean (m2). The count only weighs means: 24 bits are enough.
 template <class A>
 struct Moments {
   double mean = 0, m2 = 0;
@@ -42,8 +40,7 @@ __device__ __forceinline__ A sum_in_pairs(A (&sums)[kValues]) {
   return sums[0];
 }
 
-// The mean of values that are all equal is exactly that value. So the variance of a constant is exactly 0, and its
-// normalized value is exactly `bias`.
+// If all values are equal, their mean is exactly that value. So a constant has variance 0, and becomes `bias`.
 template <class A, int kValues>
 __device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
   A parts[kValues];
@@ -52,21 +49,17 @@ __device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
   return sum_in_pairs(parts);
 }
 
-// A run moves its shift after this many steps. An outlier D among the first 2 values puts their mean, which is the
-// shift, off by D / 2. The rounding errors of the sum grow with that, and enter the variance multiplied by it once
-// more. The mean of 8 values is off by D / 8 only.
+// A run moves its shift after this many steps. An outlier D puts the mean of the first 2 values off by D / 2, and that
+// of 8 values by D / 8 only. The error of the variance grows with the square of it.
 constexpr int kStepsToCenter = 4;
-// A run ends after this many steps. Each step has the loads that a thread starts together, so a run of 2-byte values
-// has 64 of them.
+// A run ends after this many steps. Values of 2 bytes have 4 loads in each step, so their run has 64 values.
 constexpr int kStepsOfRun = 16;
 
-// Squares of float32 overflow from 2^64 on. If the squares of a run did, the run is summed again with its values times
-// this factor. Differences are below 2^129, so the sum of 64 squares then stays below 2^120. The largest difference is
-// at least 2^61, so its square is above 2^-22.
+// Squares of float32 overflow from 2^64 on. If those of a run did, it is summed again with values times this factor.
+// Then the sum of 64 squares stays below 2^120, and the largest square is above 2^-22.
 constexpr float kShrink = 0x1p-72f;
 
-// A short run of values. It sums differences from its shift, and their squares, in the type Sum. Everything is
-// multiplied by the scale, which is 1 or kShrink.
+// Sums differences of a short run of values from its shift, and their squares. The scale of all is 1 or kShrink.
 template <class A, class Sum>
 struct Run {
   A shift = 0;

@@ -7,12 +7,10 @@
 // In training, the sums and n are those of the whole batch, of which x may be a part. Otherwise slope and offset are 0.
 //
 //   reduce  reads once grad_y, x, and the residual or the mask that the activation needs; writes a GradSums for each
-//           channel and part; if the statistics were given, writes the gradients of the tensors in the same pass
+//           channel and part, and the gradients of the tensors if they do not depend on the sums
 //   apply   reads the same once more; writes grad_x and grad_residual
-//   blocks  Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units; apply: a run of
-//           units
+//   blocks  Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units; to apply, a run
 //   needs   workspace for the partials and for slope and offset; tickets that are 0 before and after
-//
 // batch_norm_resident.cuh does both in one launch.
 #pragma once
 #include "kernels/accumulators.cuh"
@@ -129,8 +127,7 @@ struct BackwardBody {
     if constexpr (Act::kMasked) loaded.mask = load_global(mask + unit);
   }
 
-  // grad_y is kept with the mask applied, so the mask itself is not kept. If the unit was fetched, its tensors are in
-  // shared memory already, without the mask applied.
+  // grad_y is kept with the mask applied, so the mask itself is not kept. Fetched tensors lie in shared memory already.
   __device__ __forceinline__ void keep(const Loaded& loaded, const OnChip<T>& kept, uint32_t step, bool fetched) const {
     if constexpr (Act::kMasked) {
       Pack<T> passed;
@@ -214,8 +211,7 @@ struct GradRun {
   }
 };
 
-// Sums for each of the 8 values of the thread's column, over its rows. `write_gradients` says that the gradients of the
-// tensors do not depend on the sums, so that this pass stores them.
+// Sums for each of the 8 values of the thread's column, over its rows. With `write_gradients`, it stores gradients too.
 template <class Body, class Source>
 __device__ __forceinline__ void column_grad_sums(const Body& body, const Source& source, int64_t numel, const Rows& s,
                                                  const RowsThread& thread,

@@ -1,7 +1,6 @@
 // What the ops return for a batch without values. The batch is counted, and does not move the running statistics.
 //
-//   computes  training: mean = invstd = 0, and adds 1 to the counter. Moments of a part, and backward: zeros. Eval: the
-//             mean and invstd that a backward needs
+//   computes  training: mean = invstd = 0, and the counter. Parts, backward: zeros. Eval: what a backward needs
 //   moves     per-channel values only
 //   blocks    one thread for each channel; at least one block
 #pragma once

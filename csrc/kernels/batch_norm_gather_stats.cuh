@@ -2,8 +2,7 @@
 //
 //   computes  mean, var and the count over all parts; running_mean, running_var, counter
 //   moves     reads a mean, a deviation and a count for each channel and part
-//   blocks    runs of columns: one for each channel, and one more that merges the counts alone, also where there are no
-//             channels
+//   blocks    runs of columns: one for each channel, and one more that merges the counts, even without channels
 //   needs     one ticket that is 0 before and after
 #pragma once
 #include "kernels/accumulators.cuh"

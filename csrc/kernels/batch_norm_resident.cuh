@@ -1,14 +1,12 @@
-// The training forward in one launch, and the backward in one launch. The first pass sums. The second pass applies the
-// result. In between, shared memory keeps as much of the tensors as fits.
+// The training forward in one launch, and the backward in one launch. The first pass sums, and keeps what fits in
+// shared memory. The second pass applies the result.
 //
 //   computes  the same as batch_norm_stats.cuh and batch_norm_apply.cuh, or as batch_norm_backward.cuh
 //   moves     reads once the units that it keeps, and twice the others, the second time last-read first. Writes y and
 //             the mask once, or grad_x and grad_residual. After the first pass of a tile, it fetches units of the next
-//   blocks    teams. Rows: a team has a tile of columns, and each of its blocks a part of the rows. Planes: a team has
-//             a channel, and each of its blocks a part of the units. A team goes from tile to tile
-//   needs     if a team has several blocks and is not a cluster: all blocks running at once, workspace for the
-//             partials, and tickets and gates that are 0 before and after. Planes with a mask: planes of whole units,
-//             because a byte of the mask must belong to one block
+//   blocks    teams, which go from tile to tile (Rows) or from channel to channel (Planes); a block has a part of each
+//   needs     teams of several blocks without a cluster: all blocks running at once, workspace for the partials, and
+//             tickets and gates that are 0 before and after. Planes with a mask: planes of whole units
 #pragma once
 #include "kernels/batch_norm_apply.cuh"
 #include "kernels/batch_norm_backward.cuh"
@@ -19,7 +17,7 @@
 namespace bnfused {
 
 // Merges the sums of a team. One block of the team calls `finish` with the merged sums of each channel, and gets true.
-// All blocks of the team see what `finish` wrote afterwards. `of_columns` has kUnit * tile sums in shared memory.
+// All blocks see what `finish` wrote afterwards. `of_columns` has kUnit * tile sums in shared memory.
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_for_team(const Sums (&sums)[kUnit], Sums* of_columns, Sums* partials,
                                                 unsigned* tickets, const Rows& s, uint32_t cluster,

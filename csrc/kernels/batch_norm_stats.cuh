@@ -1,8 +1,6 @@
-// The statistics of a batch: computes mean and invstd of every channel, and moves the running statistics. For a part of
-// a batch, it computes its packed moments.
+// The statistics of a batch, or of a part of a batch.
 //
-//   computes  moments of x over all values of a channel; from them mean, invstd, running_mean, running_var and the
-//             counter, or a PackedMoments
+//   computes  moments of x for each channel; from them mean, invstd and the running statistics, or a PackedMoments
 //   moves     reads x once; writes a Moments for each channel and part
 //   blocks    Rows: a tile of columns x a part of the rows. Planes: a channel x a part of its units
 //   needs     workspace for the partials; tickets that are 0 before and after
@@ -36,8 +34,7 @@ struct StatsBody {
 };
 
 // Hides the span from the optimizer, so that code which depends on it stays in its branch. Otherwise the compiler
-// computes both sides of the branch and selects, where nearly all units take the shorter side, or it selects between
-// loads, and so waits for each.
+// computes both sides of the branch and selects, or it selects between loads, and so waits for each.
 __device__ __forceinline__ Span behind_branch(Span span) { return {int(recomputed(uint32_t(span.begin))), span.end}; }
 
 // Moments of each of the 8 values of the thread's column, over its rows.
@@ -102,8 +99,7 @@ __device__ __forceinline__ void column_moments(const Source& source, int64_t num
           }
         }
       }
-      // Values whose squares overflowed are summed again, scaled down. The others are not, because they may be too
-      // small for that scale.
+      // Values whose squares overflowed are summed again, scaled down. The others may be too small for that scale.
       unsigned overflowed = 0;
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) overflowed |= unsigned(scale == 1 && run[k].overflowed()) << k;
@@ -175,8 +171,7 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
         if (!at.span.empty()) source.load(packs[i], at.unit, at.span, step + i);
       }
     }
-    // All values are in registers. A unit is summed in A, and the sums of units are added in double, so that the square
-    // of an outlier does not round away the squares of the other units.
+    // A unit is summed in A, and units are added in double: an outlier must not round away the squares of other units.
     Run<A, double> run;
     int count = 0;
 #pragma unroll
@@ -189,8 +184,7 @@ __device__ __forceinline__ Moments<Accumulate<T>> plane_moments(const Source& so
     if (count == 0) continue;
     A scale = 1;
     // The first pass finds the mean. The second sums the differences from it, and their squares. A third does the same,
-    // scaled, if squares overflowed. It is not unrolled, because three copies take so many registers that two blocks do
-    // not fit on an SM.
+    // scaled, if squares overflowed. With three unrolled copies, registers would not allow two blocks on an SM.
 #pragma unroll 1
     for (int pass = 0; pass < 3; ++pass) {
       if (pass == 1) {

@@ -1,13 +1,12 @@
 // Which units of a tensor a block and its threads own in each layout, and how the sums of threads and blocks are
-// merged. plan_shapes.h explains the words: unit, tile, column, copy, part, domain, ticket, gate.
+// merged. plan.h explains the words.
 #pragma once
 #include "kernels/pack.cuh"
 #include "plan.h"
 
 namespace bnfused {
 
-// n / by.value, exact for all n. The multiplier is too small by less than one part in 2^64, so the product is too small
-// by less than 1.
+// n / by.value, exact for all n. The multiplier is less than 2^-64 of it too small, so the product less than 1.
 __device__ __forceinline__ uint64_t divide(uint64_t n, const Divisor& by) {
   const uint64_t quotient = __umul64hi(n, by.multiplier);
   return quotient + (n - quotient * by.value >= by.value);
@@ -80,8 +79,7 @@ struct PlanesBlock {
 };
 
 // Unit `number` of a channel, and its values that belong to the channel. If planes are not whole units, a plane may
-// touch fewer units than units_per_plane. The span of the unit in excess is empty, and the unit may lie behind the
-// tensor. A load or store of it touches no value, and nothing else but the byte of a mask.
+// touch fewer units than units_per_plane. The span of the unit in excess is empty, and it may lie behind the tensor.
 struct PlaneUnit : UnitAt {
   __device__ __forceinline__ PlaneUnit(const Planes& s, uint32_t channel, uint32_t number) {
     const uint32_t plane = divide(number, s.by_units);
@@ -110,8 +108,7 @@ struct ChannelUnits {
 };
 
 // Merges the sums of all row slots of a column into row slot 0, as a tree of fixed shape. All threads of the block call
-// it. Thread `row_slot * columns + column` has the sums of that row slot. With kValues sums in each thread,
-// columns * row_slots must not exceed kMaxThreads.
+// it. Thread `row_slot * columns + column` has the sums of that row slot, of at most kMaxThreads in all.
 template <class Sums, int kValues>
 __device__ __forceinline__ void merge_row_slots(Sums (&sums)[kValues], uint32_t row_slot, uint32_t row_slots,
                                                 uint32_t column, uint32_t columns, bool active) {
@@ -157,9 +154,8 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks)
   return last;
 }
 
-// Called after is_last_block. The other blocks wait until the last one comes here, and see what it wrote before. All
-// `blocks` blocks must run at the same time. Once the last block has opened the gate, the gate holds how many blocks
-// have not passed yet. It is 0 before, and 0 again after all have passed.
+// Called after is_last_block. The other blocks wait for the last one, and see what it wrote before. All `blocks` blocks
+// must run at the same time. The gate, once open, counts the blocks that have not passed. It is 0 before and after.
 __device__ __forceinline__ void wait_for_last_block(unsigned* gate, bool last, unsigned blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -189,14 +185,12 @@ __device__ __forceinline__ Sums load_partial(const Sums* p) {
   return sums;
 }
 
-// Partials that a thread loads before it merges the first. If it loaded them one after the other, each would wait for
-// the L2 cache. For the channels of a tile, a thread has many. For one channel, it has at most 3 (192 SMs x 4 blocks /
-// 256 threads). In a cluster, it has 1. An entry that is not used costs 6 registers.
+// Partials that a thread loads before it merges the first, so that it waits once. One channel has at most 3 for each
+// thread (192 SMs x 4 blocks / 256 threads), and in a cluster 1. An entry that is not used costs 6 registers.
 constexpr int kLoadsOfTile = 8, kLoadsOfChannel = 3;
 
-// Merges the partial sums of `channels` channels, and calls `finish(channel, sums)` with the result of each. The
-// threads of the block divide the channels among themselves. If there are fewer channels than threads, several threads
-// divide the `partials` of a channel. `load(channel, i)` returns partial i.
+// Merges the partial sums of `channels` channels, and calls `finish(channel, sums)` for each. The threads of the block
+// share the channels, or the `partials` of each if there are few channels. `load(channel, i)` returns partial i.
 template <class Sums, int kLoads, class Load, class Finish>
 __device__ __forceinline__ void merge_partials(uint32_t channels, uint32_t partials, Load load, Finish finish) {
   const uint32_t at_once = channels < blockDim.x ? channels : blockDim.x;
@@ -245,9 +239,8 @@ __device__ __forceinline__ bool finish_rows(const Sums (&sums)[kUnit], Sums* par
   return true;
 }
 
-// Rows, with a tile in a cluster of s.parts blocks, or in one block. The blocks exchange their sums through
-// `of_columns`, which is kUnit * tile sums in the shared memory of each. The block of part 0 merges them, calls
-// `finish`, and gets true. All blocks see what `finish` wrote afterwards.
+// Rows, with a tile in a cluster of s.parts blocks, or in one block. `of_columns` has kUnit * tile sums in the shared
+// memory of each. The block of part 0 merges them and gets true. All blocks see afterwards what `finish` wrote.
 template <class Sums, class Finish>
 __device__ __forceinline__ bool finish_tile(const Sums (&sums)[kUnit], Sums* of_columns, const Rows& s,
                                             const RowsThread& thread, Finish finish) {

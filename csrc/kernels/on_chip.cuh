@@ -1,17 +1,13 @@
-// The shared memory in which a thread keeps units from the first pass to the second, and into which it fetches units of
-// the next tile.
+// The shared memory for units that a thread keeps until the second pass, or fetches early for the next tile.
 #pragma once
 #include "kernels/layout.cuh"
 
 namespace bnfused {
 
-// Holds the first `steps` units of the thread, with `tensors` packs of each, in slots that only this thread uses. A
-// thread finds there only what it has put or fetched itself, so no barrier is needed. Neighbouring threads use
-// neighbouring words of 16 bytes.
-//
-// Whole units of the next tile are fetched asynchronously into slots that are free. The first `ahead` steps have two
-// slots each, which take turns. Their units of the next tile are fetched while the sums of this tile are exchanged. The
-// units of the other steps are fetched in the second pass, each as soon as the unit in its slot has been used.
+// Holds the first `steps` units of the thread, with `tensors` packs of each, in slots that only this thread uses. So no
+// barrier is needed. Neighbouring threads use neighbouring words of 16 bytes.
+// Whole units of the next tile are fetched asynchronously into free slots. The first `ahead` steps have two slots each,
+// which take turns: their next units are fetched while sums are exchanged, the others as soon as their slot is free.
 template <class T>
 class OnChip {
  public:
@@ -50,8 +46,7 @@ class OnChip {
     }
   }
 
-  // Swaps the slots. `fetched` says that units of the next tile were fetched, as far as there was room. It is false on
-  // GPUs without asynchronous copies, which have no groups to commit either.
+  // Swaps the slots. `fetched` says that units of the next tile were fetched. GPUs without such copies have no groups.
   __device__ __forceinline__ void next_tile(bool fetched) {
     turn_ = !turn_;
     fetched_ = fetched;

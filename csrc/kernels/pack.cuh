@@ -6,8 +6,7 @@
 
 namespace bnfused {
 
-// Blocks of kMaxThreads threads that fit on an SM at once. Two blocks leave 128 registers for each thread, which is not
-// enough for the kernels of float64.
+// Blocks of kMaxThreads threads on an SM. Two leave each thread 128 registers, too few for the kernels of float64.
 template <class T>
 constexpr int kBlocksPerSm = sizeof(T) == 8 ? 1 : 2;
 
@@ -77,8 +76,7 @@ __device__ __forceinline__ void set_value(Pack<T>& pack, int k, T value) {
   }
 }
 
-// Copies words whose loads may still be on their way. If the copy went value by value, the compiler would split the
-// words of 2-byte values right after each load, and so wait for it before it starts the next.
+// Copies words whose loads may still be on their way. To copy values of 2 bytes would wait for each load.
 template <class Loaded>
 __device__ __forceinline__ void copy_words(Loaded& to, const Loaded& from) {
 #pragma unroll
@@ -116,13 +114,12 @@ __device__ __forceinline__ Pack<__half> pack_of<__half>(const float (&values)[kU
   return pack;
 }
 
-// Units that a thread loads before it uses the first. With 512 threads on an SM, 32 KiB are on their way. A bandwidth
-// of 25 GB/s for each SM needs 18 KiB, at a latency of 700 ns. docs/performance.md has the bytes of each kernel.
+// Units that a thread loads before it uses the first. So 512 threads on an SM have 32 KiB on their way. 25 GB/s at a
+// latency of 700 ns need 18 KiB. docs/performance.md has the bytes of each kernel.
 template <class T>
 constexpr int kLoadsAtOnce = 8 / int(sizeof(T));
 
-// The values [begin, end) of a unit that the caller owns. A unit at the edge of a plane or of the tensor may not be
-// whole.
+// The values [begin, end) of a unit that the caller owns. At the edge of a plane or of the tensor, they may be fewer.
 struct Span {
   int begin, end;
 

@@ -1,8 +1,6 @@
-// The only place that knows where the kernels run: with nvcc on a GPU, or with g++ on the emulated device of
-// tests/emulator. No other file of the kernels has an #ifdef on the compiler, or asm.
-//
-// Tensor values go through load_global and store_global, so that the emulated device can count the bytes, check the
-// alignment, and catch accesses out of bounds. On a GPU they are a plain load and a plain store.
+// The only file that knows where the kernels run: with nvcc on a GPU, or with g++ on the emulated device of
+// tests/emulator. Only here are an #ifdef on the compiler, and asm. Tensor values go through load_global and
+// store_global, so that the emulated device can check the accesses. On a GPU they are a plain load and a plain store.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +16,7 @@
 #include <tuple>
 #include <utility>
 
-// An object that the threads of a block share: BNFUSED_SHARED(float, sums, [32]). It is a macro because g++ cannot
-// give every block an object of its own for a declaration with __shared__.
+// An object that the threads of a block share: BNFUSED_SHARED(float, sums, [32]). For g++, __shared__ is not enough.
 #define BNFUSED_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 // The dynamic shared memory of the launch, as an array of T.
 #define BNFUSED_DYNAMIC_SHARED(T, name)                             \
@@ -36,15 +33,13 @@ struct LaunchConfig {
   unsigned cluster = 1;      // blocks that reach each other's shared memory, from sm_90 on
 };
 
-// Dynamic shared memory that every kernel may use without an attribute. A block has 48 KiB, and the static objects of
-// the kernels take up to 28 KiB of them.
+// Dynamic shared memory without an attribute. A block has 48 KiB, and static objects take up to 28 KiB of them.
 constexpr size_t kSharedUnasked = 16 * 1024;
-// The largest cluster, in blocks, that a kernel may use without an attribute on every GPU with clusters.
+// The largest cluster, in blocks, that needs no attribute on any GPU with clusters.
 constexpr unsigned kClusterUnasked = 8;
 
-// The attributes that were set for one kernel on one device, and how many of its blocks fit there. They are remembered
-// because each query takes a microsecond. The limit of shared memory belongs to the kernel and not to a launch. It is
-// never lowered, because that could fail a launch of another thread.
+// The attributes that were set for one kernel on one device, and how many blocks fit. Each query takes a microsecond.
+// The limit of shared memory is never lowered, because that could fail a launch of another thread.
 struct KernelOnDevice {
   size_t shared_bytes = kSharedUnasked;  // dynamic
   bool any_cluster = false;
@@ -83,8 +78,7 @@ inline cudaLaunchConfig_t launch_config(const LaunchConfig& config, cudaLaunchAt
   return c;
 }
 
-// Sets the kernel's attributes that the launch needs. If `room` is not nullptr, it returns there how many of the
-// launch's clusters fit on the device at once, or how many blocks if the launch has no clusters.
+// Sets the attributes that the launch needs. `room`, if not nullptr, gets how many clusters or blocks fit at once.
 inline cudaError_t prepare(const LaunchConfig& config, const void* kernel, unsigned* room) {
   if (config.shared_bytes <= kSharedUnasked && config.cluster <= kClusterUnasked && !room) return cudaSuccess;
   int device = 0;
@@ -133,8 +127,7 @@ cudaError_t clusters_at_once(const LaunchConfig& config, void (*kernel)(Paramete
   return prepare(config, reinterpret_cast<const void*>(kernel), clusters);
 }
 
-// If blocks that wait for each other do not all fit on the device, this function itself returns
-// cudaErrorCooperativeLaunchTooLarge. The same error from CUDA's launch would end the capture of a graph.
+// Returns cudaErrorCooperativeLaunchTooLarge itself: the same error from CUDA would end the capture of a graph.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   unsigned blocks = 0;
@@ -163,8 +156,7 @@ __device__ __forceinline__ T load_from_other_block(const T* p) {
   return __ldcg(p);
 }
 
-// Loads a word that another block of this launch is about to change. A waiting thread calls it in a loop. It orders no
-// other access.
+// Loads a word that another block of this launch will change, to wait for that. It orders no other access.
 __device__ __forceinline__ unsigned load_again(const unsigned* p) {
   unsigned value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
@@ -186,8 +178,7 @@ __device__ __forceinline__ void cluster_barrier(unsigned blocks) {
   __syncthreads();
 }
 
-// p points to an object in this block's shared memory. Returns the pointer to the same object of block `rank` of the
-// cluster.
+// p points to an object in this block's shared memory. Returns the same object of block `rank` of the cluster.
 template <class T>
 __device__ __forceinline__ const T* shared_of_block(const T* p, unsigned rank) {
 #if __CUDA_ARCH__ >= 900

@@ -1,7 +1,6 @@
 // What happens to a value, forward and backward: normalize, scale and shift, add, activate. Each activation is a type
-// that has its value and its derivative side by side. Values and gradients equal those of torch.nn.functional, also at
-// ties. A gradient is selected, and never multiplied by zero, so that an infinite grad_y does not leak through a closed
-// ReLU.
+// that has its value and its derivative side by side. They equal those of torch.nn.functional, also at ties. A gradient
+// is selected, and never multiplied by zero, so that an infinite grad_y does not leak through a closed ReLU.
 #pragma once
 #include "batch_norm.h"
 #include "kernels/pack.cuh"
@@ -51,8 +50,7 @@ __device__ __forceinline__ void pack_count(const PackedMoments& to, double count
   write(to.count_rest, 0, rest_of(count));
 }
 
-// The transform of one channel. The mean is a pair of values of A: a single float32 loses the difference x - mean once
-// mean / std exceeds 1e4.
+// The transform of one channel. The mean is two values of A: one float32 loses x - mean once mean / std exceeds 1e4.
 template <class A>
 struct Affine {
   A mean, mean_rest, scale, bias;
@@ -68,8 +66,7 @@ struct Affine {
 };
 
 // An activation works on the 8 values of a unit. `activate` replaces z by the value at z. `differentiate` multiplies g
-// by the derivative at z. Values outside the span are computed like the others, and dropped later. kLoads is the number
-// of units of T that a thread loads before it uses the first. kUnrolled says whether each of them has code of its own.
+// by the derivative at z. Values outside the span are computed too. source.cuh explains kLoads and kUnrolled.
 struct Identity {
   static constexpr bool kNeedsZ = false;
   static constexpr bool kMasked = false;
@@ -107,8 +104,7 @@ struct ReLU {
   }
 };
 
-// The backward of ReLU after a residual was added. It reads one bit for each value, and so needs neither the residual
-// nor z.
+// The backward of ReLU after a residual was added. It reads one bit for each value, and neither the residual nor z.
 struct MaskedReLU {
   static constexpr bool kNeedsZ = false;
   static constexpr bool kMasked = true;

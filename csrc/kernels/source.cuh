@@ -1,8 +1,8 @@
 // The protocol of a kernel's body and of the source of its units.
 //
 // A kernel passes over a tensor once or twice. Its *body* says what a unit is and what is done with it. Its *source*
-// says where a thread's unit of a step comes from, and whether it is kept on chip for the second pass. A thread counts
-// its units in steps, from the first that it reads; `span` says which values of a unit are its own.
+// says where a thread's unit of a step comes from, and whether it is kept on chip for the second pass. `span` says
+// which values of a unit belong to the thread.
 //
 // What a pass calls, in this order, for each step of a thread:
 //
@@ -11,27 +11,22 @@
 //   source.used(step)                       second pass: the values are not needed any more
 //
 // What a source calls. Each body has `Value`, the type of a value, and `Loaded`, a unit's values of all tensors as a
-// thread has loaded them. The forward has a body for each pass: StatsBody sums, and ForwardBody applies. BackwardBody
-// serves both passes.
+// thread has loaded them. In the forward, StatsBody sums and ForwardBody applies. BackwardBody serves both passes.
 //
 //   body.load(loaded, unit, span)                  both passes: loads the unit from global memory
-//   body.receive(loaded, kept, step, unit)         first pass: takes what was fetched from shared memory, and loads the
-//                                                  rest from global memory
-//   body.keep(loaded, kept, step, fetched)         first pass: puts the unit into shared memory; `fetched` says that it
-//                                                  was fetched, so that its tensors lie there already
-//   body.recall(loaded, kept, step, unit, span)    second pass: takes what was kept from shared memory, and loads the
-//                                                  rest from global memory
+//   body.receive(loaded, kept, step, unit)         first pass: takes the fetched tensors, and loads the others
+//   body.keep(loaded, kept, step, fetched)         first pass: puts into shared memory what was not fetched into it
+//   body.recall(loaded, kept, step, unit, span)    second pass: takes the kept tensors, and loads the others
 //   body.fetch(kept, step, unit)                   starts the copies of a unit of the next tile into shared memory
 //
 // What the second pass calls (sweep.cuh):
 //
 //   Constants                                      what the body needs to know of a channel
 //   kLoads                                         units that a thread loads before it uses the first
-//   kUnrolled                                      whether each of them has code of its own, or a loop takes them
+//   kUnrolled                                      whether each of these has code of its own, or a loop takes them
 //   body.store(loaded, unit, span, constants_of)   constants_of(k) returns the Constants of value k
 //
-// A kernel gives the second pass a function `constants(channel, owns)`, which makes the Constants. `owns` is true in
-// one block for each channel. That block may write what belongs to the channel.
+// `constants(channel, owns)` of a kernel makes them. A block that `owns` the channel may write what belongs to it.
 #pragma once
 #include "kernels/layout.cuh"
 #include "kernels/on_chip.cuh"
@@ -51,8 +46,7 @@ struct FromMemory {
   __device__ __forceinline__ void used(uint32_t /*step*/) const {}
 };
 
-// Source of the first pass where units are kept. Units come from memory, except for those that were fetched while the
-// previous tile was processed.
+// Source of the first pass where units are kept. They come from memory, or were fetched during the previous tile.
 template <class Body>
 struct ToKeep {
   const Body& body;

@@ -1,7 +1,5 @@
-// The pass over a tensor that applies. It visits every unit once, with the constants of its channels. It starts with
-// the units that were read last, because those are probably still in the L2 cache.
-//
-// source.cuh says what a Body is, and where a pass finds its units.
+// The pass over a tensor that applies. It visits every unit once, with the constants of its channels, and starts with
+// those that were read last, which are probably still in the L2 cache. source.cuh explains Body and Source.
 #pragma once
 #include "kernels/source.cuh"
 
@@ -57,13 +55,11 @@ __device__ __forceinline__ void sweep_column(const Body& body, const Source& sou
   }
 }
 
-// The constants of the 8 values of a thread's column. They are in registers, except for float64, where they would take
-// 80 registers. There they are in shared memory.
+// The constants of the 8 values of a thread's column, in registers, or in shared memory for float64 (80 registers).
 template <class Constants>
 class ColumnConstants {
  public:
-  // The threads of the block compute the constants of its tile together, in `table`, which has room for kUnit * tile of
-  // them. All threads must call this, when the old content of the table is not needed any more.
+  // All threads of the block compute the constants of its tile together, in `table`, which has room for kUnit * tile.
   template <class MakeConstants>
   __device__ __forceinline__ ColumnConstants(Constants* table, const Rows& s, const RowsThread& thread,
                                              MakeConstants constants)
