@@ -116,7 +116,7 @@ int block_barrier(BarrierOp op, int predicate, Location at) {
 
 void grid_barrier(Location at) {
   if (dropped(at)) return;
-  if (!machine.config.cooperative) fail("grid sync at %s in a launch that is not cooperative", Place(at).text);
+  if (!machine.config.cooperative) fail("grid sync at %s, but the launch is not cooperative", Place(at).text);
   arrive(machine.grid_barrier, machine.config.grid * machine.config.block, 0, "grid sync", at);
 }
 
@@ -124,7 +124,7 @@ void cluster_barrier(unsigned blocks, Location at) {
   if (dropped(at)) return;
   Cluster& cluster = *current->block->cluster;
   if (blocks != cluster.blocks.size()) {
-    fail("cluster sync at %s of %u blocks, in a cluster of %zu", Place(at).text, blocks, cluster.blocks.size());
+    fail("cluster sync at %s for %u blocks, but the cluster has %zu", Place(at).text, blocks, cluster.blocks.size());
   }
   arrive(cluster.barrier, blocks * machine.config.block, 0, "cluster sync", at);
 }

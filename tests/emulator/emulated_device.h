@@ -66,7 +66,7 @@ void yield();
 
 // Counts an access to global memory. An access outside of buffers, or a misaligned one, ends the launch.
 void access_global(const void* p, size_t bytes, bool write, Location at);
-// To be called before an atomic on `bytes` at p, in global or shared memory.
+// Every atomic calls this first. Its `bytes` at p are in global or shared memory.
 void before_atomic(const void* p, size_t bytes, Location at);
 void after_atomic(bool changed);
 
@@ -112,7 +112,7 @@ T modify(T* p, F change, Location at) {
 
 // ------------------------------------------------------------------------------------------- CUDA's names
 
-inline uint3 threadIdx{}, blockIdx{};  // those of the thread that runs
+inline uint3 threadIdx{}, blockIdx{};  // they belong to the thread that runs
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 

@@ -55,7 +55,7 @@ struct LaunchRecord {
   LaunchConfig config;
   size_t static_shared_bytes = 0;
   uint64_t switches = 0;
-  std::vector<BufferTraffic> buffers;  // those that load_global and store_global accessed
+  std::vector<BufferTraffic> buffers;  // the buffers that load_global and store_global accessed
 };
 
 // Every launch since the last clear_launches(), in order.

@@ -219,7 +219,7 @@ __global__ void read_inactive_lane(float* y) {
 }
 
 // Half of a warp waits in a shuffle, the other half at the block's barrier.
-__global__ void shuffle_beside_barrier(float* y) {
+__global__ void shuffle_during_barrier(float* y) {
   float v = threadIdx.x;
   if (threadIdx.x < 16) v = __shfl_xor_sync(0xffffffffu, v, 1);
   if (threadIdx.x >= 16) __syncthreads();
@@ -437,7 +437,7 @@ const Case kCases[] = {
     {"half_warp", [] { return run_warp(half_warp); }},
     {"mask_without_self", [] { return run_warp(mask_without_self); }},
     {"read_inactive_lane", [] { return run_warp(read_inactive_lane); }},
-    {"shuffle_beside_barrier", [] { return run_warp(shuffle_beside_barrier); }},
+    {"shuffle_during_barrier", [] { return run_warp(shuffle_during_barrier); }},
     {"collectives", run_collectives},
     {"copy", run_copy},
 };

@@ -23,7 +23,7 @@ namespace {
 constexpr unsigned kMaxThreadsPerBlock = 1024;
 constexpr unsigned kMaxThreadsPerSm = 2048;
 constexpr unsigned kMaxClusterBlocks = 16;
-constexpr size_t kReservedSharedBytes = 1024;  // of each block, which the device keeps for itself
+constexpr size_t kReservedSharedBytes = 1024;  // the device reserves this much for each block
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kSanitizedStackBytes = 256 * 1024;  // sanitizers need larger frames
 
@@ -156,11 +156,11 @@ void retire_ended_clusters() {
 // ------------------------------------------------------------------------------------------- launches
 
 const char* invalid(const LaunchConfig& c) {
-  if (!c.grid || !c.block || !c.cluster) return "a grid, block or cluster of none";
-  if (c.block > kMaxThreadsPerBlock) return "more than 1024 threads a block";
-  if (c.grid > 0x7fffffffu) return "more than 2^31 - 1 blocks";
-  if (c.shared_bytes > kMaxSharedBytes) return "more than 227 KiB of shared memory";
-  if (c.cluster > kMaxClusterBlocks || c.grid % c.cluster) return "a cluster of more than 16 blocks, or a part of one";
+  if (!c.grid || !c.block || !c.cluster) return "a grid, block or cluster has size 0";
+  if (c.block > kMaxThreadsPerBlock) return "a block has more than 1024 threads";
+  if (c.grid > 0x7fffffffu) return "the grid has more than 2^31 - 1 blocks";
+  if (c.shared_bytes > kMaxSharedBytes) return "a block has more than 227 KiB of shared memory";
+  if (c.cluster > kMaxClusterBlocks || c.grid % c.cluster) return "a cluster has more than 16 blocks, or is not whole";
   return nullptr;
 }
 

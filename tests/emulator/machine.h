@@ -3,7 +3,7 @@
 //   launch.cpp     starts and ends launches, clusters, blocks and threads
 //   scheduler.cpp  decides which thread runs next
 //   barriers.cpp   lets threads wait for each other: barriers, warp intrinsics, fences
-//   memory.cpp     global and shared memory, atomics, asynchronous copies, and accesses that go astray
+//   memory.cpp     has global and shared memory, atomics, asynchronous copies, and finds invalid accesses
 //   report.cpp     says what was wrong with a launch, and records what it did
 //
 // These files are compiled without sanitizers (sanitizers.h). ThreadSanitizer takes each emulated thread for a thread.
@@ -28,11 +28,11 @@
 namespace bnfused::emulator {
 
 constexpr unsigned kWarpLanes = 32;
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // of a block, on sm_90
-constexpr size_t kArenaBytes = 256 * 1024;      // of a block: its shared memory, and the red zones in it
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // the limit for a block on sm_90
+constexpr size_t kArenaBytes = 256 * 1024;      // a block's shared memory, and the red zones in it
 constexpr size_t kRedZoneBytes = 128;
 constexpr size_t kPage = 4096;
-constexpr size_t kCopyBytes = 16;  // of a cp.async
+constexpr size_t kCopyBytes = 16;  // a cp.async copies this much
 constexpr unsigned char kPoison = 0xff;
 
 struct Block;
@@ -133,8 +133,8 @@ struct Machine {
   std::vector<SharedPlace> shared_places;
   size_t arena_end = 0;  // the end of the last object's red zone
   uint64_t random = 1, switches = 0;
-  // Vain polls: `spins` counts those since any thread made progress, `polls` those since the current thread was
-  // switched to.
+  // Polls that found no change: `spins` counts them since any thread made progress, and `polls` since the last
+  // switch to the current thread.
   uint64_t spins = 0, polls = 0;
   char end_order = 0;  // an address by which ThreadSanitizer orders ends of threads before the end of the launch
 
@@ -147,9 +147,9 @@ struct Machine {
 };
 
 extern Machine machine;
-extern Thread main_thread;  // the one that launches
-extern Thread* current;     // the one that runs
-extern int shared_objects;  // how many have a number
+extern Thread main_thread;  // the thread that launches
+extern Thread* current;     // the thread that runs
+extern int shared_objects;  // how many objects have a number
 extern sigjmp_buf after_fault;
 extern std::string last_report;
 

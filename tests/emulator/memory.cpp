@@ -1,4 +1,4 @@
-// The memory that kernels reach: global and shared memory, atomics, asynchronous copies, and accesses that go astray.
+// The memory that kernels reach: global and shared memory, atomics, asynchronous copies. Also finds invalid accesses.
 #include <signal.h>
 #include <sys/mman.h>
 
@@ -68,7 +68,7 @@ void* shared_object(SharedObject& object, size_t bytes, size_t alignment) {
     size_t total = machine.config.shared_bytes + bytes;
     for (const SharedPlace& place : places) total += place.bytes;
     if (total > kMaxSharedBytes || end > kArenaBytes) {
-      fail("%zu bytes of shared memory, a block has %zu", total, kMaxSharedBytes);
+      fail("%zu bytes of shared memory in a block, which has only %zu", total, kMaxSharedBytes);
     }
     places[number] = {offset, bytes};
     for (const auto& cluster : machine.live) {
@@ -123,7 +123,7 @@ void check_red_zones(const Block& block) {
 
 namespace {
 
-constexpr unsigned kMaxPolls = 1'000;  // of one thread; then another block has to run
+constexpr unsigned kMaxPolls = 1'000;  // after so many polls of one thread, another block has to run
 
 }  // namespace
 
@@ -209,7 +209,7 @@ struct sigaction previous_segv, previous_bus;
 
 void on_fault(int signal, siginfo_t* info, void*) {
   if (!machine.running ||
-      current == &main_thread) {  // not a kernel's fault: return, so that it recurs and meets the previous handler
+      current == &main_thread) {  // no kernel caused it: after the return, the previous handler gets it
     sigaction(signal, signal == SIGBUS ? &previous_bus : &previous_segv, nullptr);
     return;
   }

@@ -19,8 +19,8 @@ struct Schedule {
   }
 };
 
-// One block after the other shows kernels that rely on other blocks to be resident. Odd seeds mix all threads, even
-// seeds mostly mix blocks.
+// If one block runs after the other, a kernel fails that needs other blocks to be resident. Odd seeds mix all threads.
+// Even seeds mostly mix blocks.
 constexpr Schedule kSchedules[] = {
     {"forward", Order::kForward, 1, 1, false}, {"reverse", Order::kReverse, 1, 1, true},
     {"random1", Order::kRandom, 1, 4, false},  {"random2", Order::kRandom, 2, 4, false},

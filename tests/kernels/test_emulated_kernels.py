@@ -333,7 +333,7 @@ def test_the_next_tile_is_fetched_in_time(backend, op, layout, ahead, dtype, fus
     "capability, report",
     [
         (80, r"livelock: thread 0 .* wait in __syncthreads"),
-        (90, r"cluster sync at layout.cuh:\d+ of 2 blocks, in a cluster of 1"),
+        (90, r"cluster sync at layout.cuh:\d+ for 2 blocks, but the cluster has 1"),
     ],
     ids=["through memory", "clusters"],
 )

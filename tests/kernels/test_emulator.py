@@ -51,7 +51,7 @@ FAULTS = {
     "grid_too_large": (EVERYWHERE, r"cooperative launch of 257 blocks on a device with room for 256"),
     "chain_not_resident": (2, r"livelock: thread 0 of block \d spins and nothing moves"),
     "wait_for_each_other": (EVERYWHERE, r"livelock: .* 2 threads can run; 62 threads have exited"),
-    "shuffle_beside_barrier": (
+    "shuffle_during_barrier": (
         EVERYWHERE,
         r"deadlock: 16 threads wait in __shfl_xor_sync at <line>; 16 threads wait in __syncthreads at <line>",
     ),
