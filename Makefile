@@ -32,7 +32,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help build demo demo-sync test sanitize fuzz mutate lint bench cuda-check cuda-check-all cuda-build gpu clean FORCE
+.PHONY: help build demo demo-sync test sanitize fuzz mutate lint bench cuda-check cuda-check-all cuda-build gpu wheel clean FORCE
 
 help:
 	@echo 'make demo    train a small network with bnfused and with torch, convert a ResNet-18, and compare'
@@ -47,6 +47,7 @@ help:
 	@echo 'make cuda-check   compile and inspect the CUDA kernels, without a GPU; needs nvcc'
 	@echo 'make cuda-build   build and import with a CUDA build of torch, without a GPU; downloads 0.5 GB'
 	@echo 'make gpu     on a machine with a GPU: build, test and time the CUDA kernels, without $(VENV)'
+	@echo 'make wheel   build a source distribution, and a wheel for the torch of $(VENV), in dist/'
 	@echo 'make clean   remove what was built; $(VENV) stays'
 	@echo
 	@echo 'PYTHON=python3.12   the Python to set up $(VENV) with'
@@ -111,6 +112,14 @@ cuda-build: $(VENV)/.tools
 # RESULTS=folder and COMMIT=name, which go there by themselves, for what it writes.
 gpu:
 	@PYTHON='$(PYTHON)' PARTS='$(PARTS)' bash .ci/gpu $(ARGS)
+
+# Left-over files in build/lib* would go into the wheel.
+wheel: $(VENV)/.extension
+	@rm -rf dist build/lib* build/bdist*
+	@$(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >build/wheel.log 2>&1 && \
+	  $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist . >>build/wheel.log 2>&1 || { \
+	    tail -n 30 build/wheel.log; exit 1; }
+	@ls dist/*
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

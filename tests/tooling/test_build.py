@@ -17,6 +17,8 @@ from types import ModuleType
 
 import pytest
 
+import bnfused
+
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = "/opt/cuda/bin/nvcc"
 
@@ -187,21 +189,42 @@ class TestFlags:
         assert [flag for flag in build.cxx_flags("linux") if "std" in flag or "arch" in flag] == []
         assert [flag for flag in build.NVCC_FLAGS if "arch" in flag] == []
 
-    def test_openmp_is_the_compilers_and_not_apples(self) -> None:
-        assert "-fopenmp" in build.cxx_flags("linux")
-        assert "-fopenmp" not in build.cxx_flags("darwin")
+    @pytest.mark.parametrize("clang", ["Debian clang version 19.1.7", "Apple clang version 17.0.0"])
+    def test_openmp_is_that_of_gcc(self, clang: str) -> None:
+        assert "-fopenmp" in build.cxx_flags("c++ (Debian 12.2.0-14) 12.2.0")
+        assert "-fopenmp" not in build.cxx_flags(clang)
 
 
-def test_every_source_is_listed_and_every_listed_one_is_there() -> None:
-    """A file that is forgotten in setup.py shows only as an undefined symbol at import."""
-    listed = {*build.CPP_SOURCES, *build.CUDA_SOURCES, *build.CUDA_BINDING}
-    there = {
-        str(path.relative_to(ROOT))
-        for folder in ("ops", "cpu", "cuda")
-        for path in (ROOT / "csrc" / folder).glob("*.c*")
-        if path.suffix in (".cpp", ".cu")
-    }
-    assert there == listed
+def test_every_source_is_compiled_by_one_compiler() -> None:
+    assert "csrc/ops/module.cpp" in build.CPP_SOURCES
+    assert "csrc/cuda/workspace.cu" in build.CUDA_SOURCES
+    assert not set(build.CUDA_BINDING) & {*build.CPP_SOURCES, *build.CUDA_SOURCES}
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.c*") if path.suffix != ".cuh"}
+    assert there == {*build.CPP_SOURCES, *build.CUDA_SOURCES, *build.CUDA_BINDING}
+
+
+class TestVersionAndRequirements:
+    def test_a_wheel_needs_the_torch_that_it_was_compiled_for(self) -> None:
+        version, requirements = build.version_and_requirements("2.13.0+cpu")
+        assert version == f"{bnfused.__version__}+torch2.13"
+        assert "torch==2.13.*" in requirements
+
+    def test_sources_need_any_supported_torch(self) -> None:
+        version, requirements = build.version_and_requirements(None)
+        assert version == bnfused.__version__
+        assert "torch>=2.11" in requirements
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "77.0.1"])
+def test_an_old_setuptools_is_refused(version: str) -> None:
+    """It would say "project.license must be valid exactly by one definition"."""
+    with pytest.raises(SystemExit, match=f"77.0.3.*{re.escape(version)}"):
+        build.check_setuptools(version)
+
+
+@pytest.mark.parametrize("version", ["77.0.3", "84.2.1", "100.0", "81.0.0.post20260101"])
+def test_a_new_setuptools_is_taken(version: str) -> None:
+    assert build.check_setuptools(version) is None
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.1+cu117", "2.9.0a0+git1234"])
@@ -216,12 +239,15 @@ def test_a_new_torch_is_taken(version: str) -> None:
     assert build.check_torch(version) is None
 
 
+# None in sys.modules is how Python spells a module that is not there.
+NO_TORCH = "sys.modules['torch'] = None"
+
+
 def test_without_torch_the_two_commands_are_named() -> None:
-    """None in sys.modules is how Python spells a module that is not there."""
-    result = _run_setup(ROOT, "--name", before="sys.modules['torch'] = None")
+    result = _run_setup(ROOT, "--name", before=NO_TORCH)
     assert result.returncode == 1
-    assert "pip install torch==2.13.0" in result.stderr
-    assert "pip install --no-build-isolation -e ." in result.stderr
+    for part in ("pip install torch==2.13.0", "pip install --no-build-isolation", "uv pip install", "--no-isolation"):
+        assert part in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -363,7 +389,7 @@ class TestWholeBuild:
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("with space") / "a clone"
         (folder / "bnfused").mkdir(parents=True)
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder)
         (folder / "bnfused" / "__init__.py").write_text('__version__ = "0"\n')
         for number, name in enumerate((*build.CPP_SOURCES, *build.CUDA_SOURCES, *build.CUDA_BINDING)):
@@ -433,12 +459,12 @@ class TestWholeBuild:
         assert (stamp["cuda"], stamp["cuda_archs"]) == ("12.8", "8.0;9.0+PTX")
 
     def test_a_source_distribution_has_the_kernels(self, folder: Path, tmp_path: Path) -> None:
-        """Also where this machine does not compile them: it is for others."""
+        """Also if this machine does not compile them. It needs no torch, because pip builds it in isolation."""
         (folder / "csrc" / "kernels").mkdir(exist_ok=True)
         (folder / "csrc" / "kernels" / "pack.cuh").touch()
         (folder / "bnfused" / "part").mkdir(exist_ok=True)
         (folder / "bnfused" / "part" / "__init__.py").touch()
-        result = _run_setup(folder, "sdist", "--dist-dir", str(tmp_path), BNFUSED_CUDA="0")
+        result = _run_setup(folder, "sdist", "--dist-dir", str(tmp_path), before=NO_TORCH)
         assert result.returncode == 0, result.stdout + result.stderr
         (archive,) = tmp_path.glob("*.tar.gz")
         with tarfile.open(archive) as tar:
