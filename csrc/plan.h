@@ -20,7 +20,7 @@
 //   team      the blocks that have all parts of a tile or of a channel
 //   domain    a channel, or the tiles, for which one block merges the partial sums
 //   ticket    a counter of the blocks that are done with a domain; it is 0 before and after a launch
-//   gate      a counter of the blocks that have not yet passed after the last one; it is 0 before and after a launch
+//   gate      a counter of the blocks that still wait once the last one has come; it is 0 before and after a launch
 //   step      the number of a unit among those of one thread, in the order in which the thread first reads them
 //   ahead     steps that have two slots in shared memory, so that the next tile's units can be fetched early
 #pragma once
