@@ -72,7 +72,7 @@ def cxx_flags(compiler: str) -> list[str]:
     """The C++ flags for a compiler, of which ``--version`` prints ``compiler``.
 
     -fopenmp makes at::parallel_for parallel with g++. It goes to the compiler only, because the linker would load a
-    second OpenMP runtime. clang's own runtime would be a second one too.
+    second OpenMP runtime. clang's own runtime would be a second one too, see csrc/cpu/driver.h.
     """
     return [*CXX_FLAGS, *([] if "clang" in compiler else ["-fopenmp"])]
 

@@ -8,6 +8,8 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -15,6 +17,14 @@
 #include "cpu/leaves.h"
 #include "cpu/per_channel.h"
 #include "cpu/plan.h"
+
+#if !defined(_OPENMP)
+// From torch's libgomp: what g++ makes of `#pragma omp parallel`. OpenMP of clang would be a second runtime in the
+// process, with threads of its own.
+extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+extern "C" int omp_get_num_threads();
+extern "C" int omp_get_thread_num();
+#endif
 
 namespace bnfused::cpu {
 
@@ -35,12 +45,32 @@ void with_dtype(DType dtype, F f) {
 // at::parallel_for, after which every thread sees the values that were streamed past the caches.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, F f) {
-  at::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+  const auto fenced = [&](int64_t first, int64_t last) {
     f(first, last);
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
-  });
+  };
+#if !defined(_OPENMP)  // where at::parallel_for runs on this thread alone
+  grain = std::max<int64_t>(grain, 1);
+  if (end - begin > grain && !at::in_parallel_region() && at::get_num_threads() > 1) {
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error;
+    auto part = [&] {  // cut as at::parallel_for cuts, so that the results are the same
+      const int64_t threads = std::min<int64_t>(omp_get_num_threads(), (end - begin + grain - 1) / grain);
+      const int64_t size = (end - begin + threads - 1) / threads, first = begin + omp_get_thread_num() * size;
+      try {
+        at::parallel_for(first, std::min(end, first + size), grain, fenced);
+      } catch (...) {
+        if (!failed.test_and_set()) error = std::current_exception();
+      }
+    };
+    GOMP_parallel([](void* p) { (*static_cast<decltype(part)*>(p))(); }, &part, 0, 0);  // on all threads of torch
+    if (error) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  at::parallel_for(begin, end, grain, fenced);
 }
 
 // Room for `size` values and at least one vector more, in whole vectors. So a vector may be read or written at any

@@ -164,8 +164,8 @@ template <class T>
 const Leaves<T>* leaves();  // only for BFloat16
 }
 
-// gcc on x86-64 has `#pragma GCC target` and the intrinsics under it. Other compilers get the baseline.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// gcc and clang on x86-64 can compile a part of a file for another instruction set. Other compilers get the baseline.
+#if defined(__x86_64__) && defined(__GNUC__)
 #define BNFUSED_X86_DISPATCH 1
 #endif
 

@@ -1,11 +1,9 @@
 // A copy from channels outermost to channels innermost, or back, tile by tile.
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstdint>
 
 #include "cpu/backend.h"
-#include "cpu/plan.h"
+#include "cpu/driver.h"
 
 namespace bnfused::cpu {
 namespace {
@@ -24,7 +22,7 @@ void transpose_tile(const T* from, T* to, int64_t rows, int64_t columns, int64_t
 template <class T>
 void transpose_as(const T* from, T* to, int64_t outer, int64_t rows, int64_t columns) {
   const int64_t strips = (rows + kTile - 1) / kTile;
-  at::parallel_for(0, outer * strips, grain_for(kTile * columns), [&](int64_t begin, int64_t end) {
+  parallel_for(0, outer * strips, grain_for(kTile * columns), [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t offset = strip / strips * rows * columns, row = strip % strips * kTile;
       const int64_t row_count = std::min(kTile, rows - row);

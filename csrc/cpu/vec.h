@@ -408,7 +408,7 @@ BNFUSED_INLINE Vec<A> select_bits(uint32_t bits, Vec<A> yes, Vec<A> no) {
 #else
   typename Vec<A>::Bits bit;
   for (int i = 0; i < kLanes<A>; ++i) bit[i] = 1 << i;
-  return select<A>((bit & bits) == bit, yes, no);
+  return select<A>((bit & int(bits)) == bit, yes, no);
 #endif
 }
 

@@ -1,5 +1,6 @@
 // bnfused._C: the ops as functions of Python, the plans, and the facts of the build. Importing it registers the ops.
 // No tensor crosses pybind11, so it does not matter with which pybind11 torch was built.
+#include <ATen/Config.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -173,11 +174,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     py::dict info("torch"_a = BNFUSED_TORCH_VERSION, "compiler"_a = __VERSION__,
                   "cpu_capability"_a = bnfused::cpu::capability_name());
-#ifdef _OPENMP
-    info["openmp"] = true;
-#else
-    info["openmp"] = false;
-#endif
+    info["openmp"] = AT_PARALLEL_OPENMP != 0;
 #ifdef BNFUSED_CUDA_VERSION
     info["cuda"] = BNFUSED_CUDA_VERSION;
     info["cuda_archs"] = py::tuple(py::str(BNFUSED_CUDA_ARCHS).attr("split")(","));

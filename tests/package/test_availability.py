@@ -154,7 +154,7 @@ def test_build_info():
     info = bnfused.build_info()
     assert info["torch"].split("+")[0].split(".")[:2] == torch.__version__.split("+")[0].split(".")[:2]
     assert {"compiler", "cpu_capability", "openmp", "cuda", "cuda_archs"} <= set(info)
-    assert info["openmp"] is True, "without OpenMP the kernels run on one thread"
+    assert info["openmp"] is True, "without OpenMP torch has no threads for the kernels"
     assert bnfused.why_unavailable() is None
 
 

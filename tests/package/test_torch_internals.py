@@ -185,6 +185,9 @@ CPP = {
     "c10::detail::f32_from_bits": "bfloat16 to float32",
     "c10::detail::fp16_ieee_to_fp32_value": "float16 to float32",
     "c10::detail::fp16_ieee_from_fp32_value": "float32 to float16",
+    "GOMP_parallel": "the threads of torch's OpenMP, for compilers that would bring another",
+    "omp_get_num_threads": "how many of them run",
+    "omp_get_thread_num": "which of them this is",
     "at::AutoDispatchBelowAutograd": "a call of an op that records no gradient",
     "THPVariable_Check": "whether a Python object is a tensor",
     "THPVariable_Unpack": "its C++ tensor",
@@ -195,7 +198,7 @@ CPP = {
 }
 CPP_PATTERN = re.compile(
     r"\b(?:at::native|at::internal|c10::impl|c10::detail|torch::autograd|torch::jit)::\w+"
-    r"|\bTHP\w+|\bat::AutoDispatch\w+|\bHANDLE_TH_ERRORS\b|\bpython_error\b"
+    r"|\bTHP\w+|\bGOMP_\w+|\bomp_\w+|\bat::AutoDispatch\w+|\bHANDLE_TH_ERRORS\b|\bpython_error\b"
 )
 
 

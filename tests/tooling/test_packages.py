@@ -75,8 +75,7 @@ def test_the_source_distribution_has_every_file(packages: Path) -> None:
     assert wanted is not None and "torch>=2.11" in wanted
     if not (ROOT / ".git").exists():
         pytest.skip("the list of files is git's")
-    tracked = set(run("git", "ls-files").splitlines())
-    assert {name for name in tracked if not name.startswith(".github/")} <= names
+    assert set(run("git", "ls-files").splitlines()) <= names
     assert {name for name in names if name.endswith((".so", ".pyc"))} == set()
 
 
