@@ -553,10 +553,14 @@ def test_odd_sizes_move_no_more(strategy, layout, shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("values", [1, 4, 7])
 def test_no_bit_of_the_mask_is_beyond_the_tensor(layout, values):
-    """Where the last unit has 1, 4 or 7 values, so many bits of its byte are used; the others are 0, and not chance."""
+    """The last unit has 1, 4 or 7 values. These use as many bits of its byte, and the others are 0.
+
+    A register beyond the tensor holds zero, or is filled with the pattern 0xfe by ``make mutate``, which is a large
+    negative float. With a bias of 99 and a weight of -4, ReLU lets both through, and their bits would be set.
+    """
     n = 8 * 64 + values
-    x, _, *parameters = tensors((1, 1, 1, n) if layout == "planes" else (n, 1, 1, 1), layout, torch.float32, False)
-    (*_, mask), _ = train(x, torch.full_like(x, 99), *parameters, RELU)
+    x, *_ = tensors((1, 1, 1, n) if layout == "planes" else (n, 1, 1, 1), layout, torch.float32, False)
+    (*_, mask), _ = train(x, torch.zeros_like(x), torch.full((1,), -4.0), torch.full((1,), 99.0), RELU)
     assert mask.tolist() == [255] * 64 + [2**values - 1]
 
 
