@@ -19,8 +19,8 @@
 #include "cpu/plan.h"
 
 #if !defined(_OPENMP)
-// From torch's libgomp: what g++ makes of `#pragma omp parallel`. OpenMP of clang would be a second runtime in the
-// process, with threads of its own.
+// g++ compiles `#pragma omp parallel` to calls of these functions, which torch's libgomp has. The OpenMP runtime of clang
+// would be a second one in the process, with threads of its own.
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 extern "C" int omp_get_num_threads();
 extern "C" int omp_get_thread_num();

@@ -3,7 +3,8 @@
 //
 // Accuracy: values are added in float32 (float64 for float64) over short runs, as differences from a shift: the mean of
 // the first values of a run. The runs are merged in float64 by Chan's formula. With n values, a shift that is off by d
-// costs the variance n * d^2 * 2^-24. If an outlier among the first 8 values caused that, it adds (8 d)^2 by itself.
+// costs the variance n * d^2 * 2^-24. If an outlier among the first 8 values caused that, it adds (8 d)^2 to the variance
+// by itself, so that the relative loss stays small.
 // Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 #pragma once
 #include <cfloat>
@@ -12,7 +13,8 @@
 
 namespace bnfused {
 
-// Count, mean, and sum of squared differences from the mean (m2). The count only weighs means: 24 bits are enough.
+// Count, mean, and sum of squared differences from the mean (m2). The count is a float, except for float64 tensors: the
+// ratio of two counts only weighs a difference of means, and 24 bits are enough for that.
 template <class A>
 struct Moments {
   double mean = 0, m2 = 0;
@@ -50,16 +52,18 @@ __device__ __forceinline__ A mean_in_pairs(const A (&values)[kValues]) {
 }
 
 // A run moves its shift after this many steps. An outlier D puts the mean of the first 2 values off by D / 2, and that
-// of 8 values by D / 8 only. The error of the variance grows with the square of it.
+// of 8 values by D / 8 only. The error of the variance grows with the square of that distance.
 constexpr int kStepsToCenter = 4;
-// A run ends after this many steps. Values of 2 bytes have 4 loads in each step, so their run has 64 values.
+// A run ends after this many steps. Each step has the loads that a thread starts together. Values of 2 bytes have 4 of
+// them, so that their run has 64 values.
 constexpr int kStepsOfRun = 16;
 
 // Squares of float32 overflow from 2^64 on. If those of a run did, it is summed again with values times this factor.
 // Then the sum of 64 squares stays below 2^120, and the largest square is above 2^-22.
 constexpr float kShrink = 0x1p-72f;
 
-// Sums differences of a short run of values from its shift, and their squares. The scale of all is 1 or kShrink.
+// A short run of values. It sums their differences from its shift, and the squares of these, in the type Sum. Each
+// difference is multiplied by the scale, which is 1 or kShrink.
 template <class A, class Sum>
 struct Run {
   A shift = 0;

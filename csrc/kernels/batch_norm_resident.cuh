@@ -5,8 +5,9 @@
 //   moves     reads once the units that it keeps, and twice the others, the second time last-read first. Writes y and
 //             the mask once, or grad_x and grad_residual. After the first pass of a tile, it fetches units of the next
 //   blocks    teams, which go from tile to tile (Rows) or from channel to channel (Planes); a block has a part of each
-//   needs     teams of several blocks without a cluster: all blocks running at once, workspace for the partials, and
-//             tickets and gates that are 0 before and after. Planes with a mask: planes of whole units
+//   needs     if a team has several blocks and is not a cluster: all blocks running at once, workspace for the partials,
+//             and tickets and gates that are 0 before and after. Planes with a mask: planes of whole units, because a
+//             byte of the mask must belong to one block
 #pragma once
 #include "kernels/batch_norm_apply.cuh"
 #include "kernels/batch_norm_backward.cuh"

@@ -34,7 +34,8 @@ struct StatsBody {
 };
 
 // Hides the span from the optimizer, so that code which depends on it stays in its branch. Otherwise the compiler
-// computes both sides of the branch and selects, or it selects between loads, and so waits for each.
+// computes both sides of the branch and selects, where nearly all units take the shorter side. Or it selects between
+// loads, and so waits for each.
 __device__ __forceinline__ Span behind_branch(Span span) { return {int(recomputed(uint32_t(span.begin))), span.end}; }
 
 // Moments of each of the 8 values of the thread's column, over its rows.

@@ -6,7 +6,8 @@
 
 namespace bnfused {
 
-// n / by.value, exact for all n. The multiplier is less than 2^-64 of it too small, so the product less than 1.
+// n / by.value, exact for all n. The multiplier is too small by less than one part in 2^64. So the product is too small
+// by less than 1, and one comparison corrects it.
 __device__ __forceinline__ uint64_t divide(uint64_t n, const Divisor& by) {
   const uint64_t quotient = __umul64hi(n, by.multiplier);
   return quotient + (n - quotient * by.value >= by.value);
@@ -108,7 +109,7 @@ struct ChannelUnits {
 };
 
 // Merges the sums of all row slots of a column into row slot 0, as a tree of fixed shape. All threads of the block call
-// it. Thread `row_slot * columns + column` has the sums of that row slot, of at most kMaxThreads in all.
+// it. Thread `row_slot * columns + column` has the sums of that row slot. A block has at most kMaxThreads such threads.
 template <class Sums, int kValues>
 __device__ __forceinline__ void merge_row_slots(Sums (&sums)[kValues], uint32_t row_slot, uint32_t row_slots,
                                                 uint32_t column, uint32_t columns, bool active) {
@@ -155,7 +156,8 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks)
 }
 
 // Called after is_last_block. The other blocks wait for the last one, and see what it wrote before. All `blocks` blocks
-// must run at the same time. The gate, once open, counts the blocks that have not passed. It is 0 before and after.
+// must run at the same time. The last block opens the gate: it then counts the blocks that have not passed yet. It is 0
+// before, and 0 again after all have passed.
 __device__ __forceinline__ void wait_for_last_block(unsigned* gate, bool last, unsigned blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -46,7 +46,8 @@ class OnChip {
     }
   }
 
-  // Swaps the slots. `fetched` says that units of the next tile were fetched. GPUs without such copies have no groups.
+  // Swaps the slots. `fetched` says that units of the next tile were fetched. It is false on GPUs without asynchronous
+  // copies, which have no groups to commit either.
   __device__ __forceinline__ void next_tile(bool fetched) {
     turn_ = !turn_;
     fetched_ = fetched;

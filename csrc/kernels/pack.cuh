@@ -76,7 +76,8 @@ __device__ __forceinline__ void set_value(Pack<T>& pack, int k, T value) {
   }
 }
 
-// Copies words whose loads may still be on their way. To copy values of 2 bytes would wait for each load.
+// Copies words whose loads may still be on their way. A copy value by value would make the compiler split the words of
+// 2-byte values right after each load, and so wait for that load before it starts the next.
 template <class Loaded>
 __device__ __forceinline__ void copy_words(Loaded& to, const Loaded& from) {
 #pragma unroll

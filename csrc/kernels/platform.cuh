@@ -16,7 +16,8 @@
 #include <tuple>
 #include <utility>
 
-// An object that the threads of a block share: BNFUSED_SHARED(float, sums, [32]). For g++, __shared__ is not enough.
+// An object that the threads of a block share: BNFUSED_SHARED(float, sums, [32]). It is a macro because g++ cannot give
+// each block an object of its own for a declaration with __shared__.
 #define BNFUSED_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 // The dynamic shared memory of the launch, as an array of T.
 #define BNFUSED_DYNAMIC_SHARED(T, name)                             \
@@ -38,8 +39,9 @@ constexpr size_t kSharedUnasked = 16 * 1024;
 // The largest cluster, in blocks, that needs no attribute on any GPU with clusters.
 constexpr unsigned kClusterUnasked = 8;
 
-// The attributes that were set for one kernel on one device, and how many blocks fit. Each query takes a microsecond.
-// The limit of shared memory is never lowered, because that could fail a launch of another thread.
+// The attributes that were set for one kernel on one device, and how many of its blocks fit there. They are remembered,
+// because each query takes a microsecond. The limit of shared memory belongs to the kernel, not to a launch. It is never
+// lowered, because that could fail a launch of another thread.
 struct KernelOnDevice {
   size_t shared_bytes = kSharedUnasked;  // dynamic
   bool any_cluster = false;
@@ -78,7 +80,8 @@ inline cudaLaunchConfig_t launch_config(const LaunchConfig& config, cudaLaunchAt
   return c;
 }
 
-// Sets the attributes that the launch needs. `room`, if not nullptr, gets how many clusters or blocks fit at once.
+// Sets the attributes that the launch needs. If `room` is not nullptr, it gets the number of clusters that fit on the
+// device at once, or of blocks if the launch has no clusters.
 inline cudaError_t prepare(const LaunchConfig& config, const void* kernel, unsigned* room) {
   if (config.shared_bytes <= kSharedUnasked && config.cluster <= kClusterUnasked && !room) return cudaSuccess;
   int device = 0;
@@ -127,7 +130,8 @@ cudaError_t clusters_at_once(const LaunchConfig& config, void (*kernel)(Paramete
   return prepare(config, reinterpret_cast<const void*>(kernel), clusters);
 }
 
-// Returns cudaErrorCooperativeLaunchTooLarge itself: the same error from CUDA would end the capture of a graph.
+// Launches the kernel. If the blocks of a cooperative launch do not all fit on the device, it is not launched: the error
+// cudaErrorCooperativeLaunchTooLarge is returned here, because the same error from CUDA would end a graph's capture.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   unsigned blocks = 0;

@@ -26,7 +26,8 @@
 //   kUnrolled                                      whether each of these has code of its own, or a loop takes them
 //   body.store(loaded, unit, span, constants_of)   constants_of(k) returns the Constants of value k
 //
-// `constants(channel, owns)` of a kernel makes them. A block that `owns` the channel may write what belongs to it.
+// A kernel gives the second pass a function `constants(channel, owns)`, which makes the Constants. `owns` is true in one
+// block for each channel. That block may write what belongs to the channel.
 #pragma once
 #include "kernels/layout.cuh"
 #include "kernels/on_chip.cuh"
