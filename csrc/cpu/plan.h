@@ -159,7 +159,7 @@ constexpr RowView row_view(const Problem& p, int64_t at_least, bool mask, int64_
 constexpr int kApplyCoefficients = 3;
 constexpr int kGradCoefficients = 5;
 
-namespace steps {
+namespace planning {
 
 // What is the same for every op. `tensors` of the size of x are kept in the cache between the sums and the stores.
 constexpr CpuPlan start(const Problem& p, Traversal traversal, int64_t tensors, int64_t threads) {
@@ -221,10 +221,10 @@ constexpr void cut_channels(CpuPlan& plan, int64_t fetched, const CpuRequest& re
   plan.grain = plan.parts == 1 ? grain_for(p.values_per_channel()) : 1;
 }
 
-}  // namespace steps
+}  // namespace planning
 
 constexpr CpuPlan plan_stats(const Problem& p, int64_t threads) {
-  CpuPlan plan = steps::start(p, traversal_of(p), 1, threads);
+  CpuPlan plan = planning::start(p, traversal_of(p), 1, threads);
   plan.passes = 1;
   plan.why = "sums alone: one pass";
   if (p.numel() == 0) return plan;
@@ -232,7 +232,7 @@ constexpr CpuPlan plan_stats(const Problem& p, int64_t threads) {
     plan.sum_rows = row_view(p, kColumns, /*mask=*/false, threads);
     plan.from_memory = bytes_of(p) >= kMemoryFromBytes;
   } else {
-    steps::cut_channels(plan, 0, {}, threads);
+    planning::cut_channels(plan, 0, {}, threads);
     plan.streamed = false;
     plan.prefetch = 0;
   }
@@ -240,16 +240,16 @@ constexpr CpuPlan plan_stats(const Problem& p, int64_t threads) {
 }
 
 constexpr CpuPlan plan_train(const Problem& p, const CpuRequest& request, int64_t threads) {
-  CpuPlan plan = steps::start(p, traversal_of(p), 1, threads);
+  CpuPlan plan = planning::start(p, traversal_of(p), 1, threads);
   if (p.numel() == 0) return plan;
   if (plan.traversal == Traversal::kRows) {
     plan.sum_rows = row_view(p, kColumns, /*mask=*/false, threads);
     plan.from_memory = bytes_of(p) >= kMemoryFromBytes;
-    steps::cut_rows(plan, row_view(p, kColumns, request.mask, threads), kApplyCoefficients, request);
-    plan.prefetch = steps::streamed_ahead(plan);
-    plan.piece = steps::piece_of(plan.rows, size_of(p.dtype));
+    planning::cut_rows(plan, row_view(p, kColumns, request.mask, threads), kApplyCoefficients, request);
+    plan.prefetch = planning::streamed_ahead(plan);
+    plan.piece = planning::piece_of(plan.rows, size_of(p.dtype));
   } else {
-    steps::cut_channels(plan, request.residual ? 2 : 1, request, threads);
+    planning::cut_channels(plan, request.residual ? 2 : 1, request, threads);
   }
   return plan;
 }
@@ -258,7 +258,7 @@ constexpr CpuPlan plan_train(const Problem& p, const CpuRequest& request, int64_
 // by that than it gains (8 x 2048 x 7 x 7: 95 instead of 70 us). 16-bit values, where vectors cost the most, do not
 // lose (94 instead of 118 us), and neither does what is streamed. A mask has its bits in the order of the groups.
 constexpr CpuPlan plan_apply(const Problem& p, const CpuRequest& request, int64_t threads) {
-  CpuPlan plan = steps::start(p, traversal_of(p), 1, threads);
+  CpuPlan plan = planning::start(p, traversal_of(p), 1, threads);
   const auto one_pass = [&] {
     plan.passes = 1;
     plan.why = "the statistics are given: one pass";
@@ -266,7 +266,7 @@ constexpr CpuPlan plan_apply(const Problem& p, const CpuRequest& request, int64_
   one_pass();
   if (plan.traversal == Traversal::kShortPlanes && !request.mask && size_of(p.dtype) != 2 &&
       !streams(plan.problem, plan.problem.inner, request.aligned)) {
-    plan = steps::start(p, Traversal::kPlanes, 1, threads);
+    plan = planning::start(p, Traversal::kPlanes, 1, threads);
     one_pass();
   }
   if (p.numel() == 0) return plan;
@@ -280,11 +280,11 @@ constexpr CpuPlan plan_apply(const Problem& p, const CpuRequest& request, int64_
       break;
     }
     case Traversal::kShortPlanes:
-      steps::cut_channels(plan, 0, request, threads);
+      planning::cut_channels(plan, 0, request, threads);
       break;
     case Traversal::kRows:
-      steps::cut_rows(plan, row_view(p, kColumns, request.mask, threads), kApplyCoefficients, request);
-      plan.prefetch = steps::streamed_ahead(plan);
+      planning::cut_rows(plan, row_view(p, kColumns, request.mask, threads), kApplyCoefficients, request);
+      plan.prefetch = planning::streamed_ahead(plan);
       plan.grain = grain_for(plan.rows.columns);
       break;
   }
@@ -292,16 +292,16 @@ constexpr CpuPlan plan_apply(const Problem& p, const CpuRequest& request, int64_
 }
 
 constexpr CpuPlan plan_backward(const Problem& p, const CpuRequest& request, int64_t threads) {
-  CpuPlan plan = steps::start(p, traversal_of(p), 2, threads);
+  CpuPlan plan = planning::start(p, traversal_of(p), 2, threads);
   if (p.numel() == 0) return plan;
   if (plan.traversal == Traversal::kRows) {
     plan.sum_rows = row_view(p, kColumns, request.mask, threads);
     plan.from_memory = bytes_of(p) >= kMemoryFromBytes;
-    steps::cut_rows(plan, row_view(p, kGradApplyColumns, request.mask, threads), kGradCoefficients, request);
+    planning::cut_rows(plan, row_view(p, kGradApplyColumns, request.mask, threads), kGradCoefficients, request);
     if (plan.strip < plan.rows.columns) plan.prefetch = plan.rows.columns;
-    plan.piece = steps::piece_of(plan.rows, 2 * size_of(p.dtype));
+    plan.piece = planning::piece_of(plan.rows, 2 * size_of(p.dtype));
   } else {
-    steps::cut_channels(plan, 2, request, threads);
+    planning::cut_channels(plan, 2, request, threads);
   }
   return plan;
 }
