@@ -97,13 +97,12 @@ class _Returned:
 _LEAVES_LOOP = object()
 _FALLS_THROUGH = None
 
-# Functions that only look at what they are given.
-_LOOKING: set[Any] = {isinstance, issubclass, len, range, enumerate, zip, reversed, type, callable}
-_LOOKING |= {bool, int, float, str, list, tuple, max, min, _jit_internal.is_scripting}
-_LOOKING |= {torch.jit.is_tracing}  # type: ignore[attr-defined]
+# Functions that look at what they are given: these at its type, the others at its elements too.
+_ASKING: set[Any] = {isinstance, issubclass, type, callable, _jit_internal.is_scripting}
+_ASKING |= {torch.jit.is_tracing}  # type: ignore[attr-defined]
+_LOOKING: set[Any] = {len, range, enumerate, zip, reversed, bool, int, float, list, tuple, max, min}
 _LOOKING_METHODS = {"items", "values", "keys", "children"}
 _KNOWN = (type(None), bool, int, float, str, type(...), type, FunctionType, ModuleType, nn.Module)
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _MOST_ROUNDS = 256
 
 
@@ -113,6 +112,34 @@ def _is_known(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_known, value.values()))
     return isinstance(value, (*_KNOWN, range, enumerate, zip, MethodType)) and not isinstance(value, Tensor)
+
+
+# Python calls these methods of a module for its truth, its length, its elements and in comparisons.
+_SPECIAL = {"__bool__", "__len__", "__iter__", "__reversed__", "__getitem__", "__contains__"}
+_SPECIAL |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+
+
+def _runs_no_code(value: Any) -> bool:
+    """Whether truth, length, elements and comparisons of a known value run no code of the user's."""
+    if type(value) in (tuple, list):
+        return all(map(_runs_no_code, value))
+    if type(value) is dict:
+        return all(map(_runs_no_code, value.values()))
+    if isinstance(value, nn.Module):
+        methods = [inspect.getattr_static(type(value), name, None) for name in _SPECIAL]
+        return all((getattr(method, "__module__", None) or "torch.").startswith("torch.") for method in methods)
+    return isinstance(value, type) or type(value).__module__ == "builtins"
+
+
+def _has_attribute(module: nn.Module, name: str) -> Any:
+    """Whether a module has an attribute; ``UNKNOWN`` if that is for code of the user's to tell."""
+    if any(name in place for place in (module.__dict__, module._modules, module._parameters, module._buffers)):
+        return True
+    found = inspect.getattr_static(type(module), name, None)
+    runs_code = hasattr(type(found), "__get__") and not isinstance(found, (FunctionType, staticmethod, classmethod))
+    if runs_code or type(module).__getattr__ is not nn.Module.__getattr__:
+        return UNKNOWN
+    return found is not None
 
 
 class _Run:
@@ -177,7 +204,7 @@ class _Run:
     def loop(self, s: ast.For) -> Any:
         values = self.value(s.iter)
         rounds: Iterable[Any] = [UNKNOWN]
-        if isinstance(values, (tuple, list, *_CONTAINERS)) or (_is_known(values) and isinstance(values, Iterable)):
+        if isinstance(values, Iterable) and _runs_no_code(values):
             rounds = itertools.islice(values, _MOST_ROUNDS)
         for value in rounds:
             self.assign(s.target, value)
@@ -252,20 +279,22 @@ class _Run:
 
         replace_parts(e := copy.deepcopy(e), evaluated)
         values = list(parts.values())
-        match e:
-            case ast.Compare(ops=[ast.Is() | ast.IsNot() as op]) if None in values and UNKNOWN in values:
-                return isinstance(op, ast.IsNot)  # a tensor is not None
-            case ast.Subscript() if isinstance(values[0], nn.Module) and not isinstance(values[0], _CONTAINERS):
-                return UNKNOWN
+        if isinstance(e, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in e.ops):
+            if len(values) == 2 and any(v is None for v in values) and any(v is UNKNOWN for v in values):
+                return isinstance(e.ops[0], ast.IsNot)  # a tensor is not None
+        elif not _runs_no_code(values):
+            return UNKNOWN
+        elif not isinstance(e, (ast.Compare, ast.Subscript)) and any(isinstance(v, nn.Module) for v in values):
+            return UNKNOWN  # a module may have any operator
+        if not _is_known(values):
+            return UNKNOWN
         try:
-            return eval(compile(ast.Expression(e), "", "eval"), parts) if _is_known(values) else UNKNOWN
+            return eval(compile(ast.Expression(e), "", "eval"), parts)
         except Exception:  # the call itself would raise it
             return UNKNOWN
 
     def truth(self, value: Any) -> bool | None:
-        if isinstance(value, Pending) or not _is_known(value):
-            return None
-        return bool(value)
+        return bool(value) if _is_known(value) and _runs_no_code(value) else None
 
     def call(self, e: ast.Call) -> Any:
         if isinstance(e.func, ast.Name) and e.func.id == "super" and not e.args:
@@ -293,16 +322,19 @@ class _Run:
         if function is hasattr or function is getattr:
             if not all(map(_is_known, args)) or not isinstance(args[0], nn.Module):
                 return UNKNOWN
-            missing = args[2] if len(args) == 3 else UNKNOWN
-            has = hasattr(args[0], args[1])
-            return has if function is hasattr else attribute(args[0], args[1]) if has else missing
-        if kwargs or not all(map(_is_known, args)):
+            has = _has_attribute(args[0], args[1])
+            if function is hasattr or has is UNKNOWN:
+                return has
+            return attribute(args[0], args[1]) if has else args[2] if len(args) == 3 else UNKNOWN
+        if kwargs or not _is_known(args):
             return UNKNOWN
         is_method = isinstance(function, MethodType) and isinstance(function.__self__, nn.Module)
         if is_method and function.__name__ in _LOOKING_METHODS and function.__module__.startswith("torch."):
             return list(function())
         try:
-            return function(*args) if function in _LOOKING else UNKNOWN
+            if function in _ASKING or (function in _LOOKING and _runs_no_code(args)):
+                return function(*args)
+            return UNKNOWN
         except Exception:  # the call itself would raise it, or the function has no hash
             return UNKNOWN
 

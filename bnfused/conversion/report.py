@@ -101,7 +101,7 @@ def _why_left_alone(module: nn.Module) -> str:
         return "somebody gave the module a forward"
     if type(module) in SWAPS or inherits_forward(type(module)):
         return "not converted"
-    return f"{type(module).__name__} has a forward of its own, or changes what torch's looks at"
+    return f"{type(module).__name__} has a forward of its own, or changes an attribute that torch's reads"
 
 
 class _Notes:

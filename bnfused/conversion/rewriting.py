@@ -38,6 +38,7 @@ from bnfused.conversion.trees import (
     is_made_of_calls,
     is_read_first,
     live_before,
+    mark_aliases,
     mark_computed,
     names_read,
     names_written,
@@ -88,6 +89,7 @@ def rewrite(function: FunctionType, computed: Collection[str] = ()) -> Rewritten
     definition = tree_of(function)
     _refuse(definition)
     mark_computed(definition, {*computed, *_STATISTICS})
+    mark_aliases(definition, _STATISTICS)
     writer = _Writer(function, set(function.__code__.co_varnames) - _shared_names(definition))
     arguments = function.__code__.co_varnames[: _number_of_arguments(function.__code__)]
     definition.body, end = writer.block(definition.body, _State(set(), set(arguments)), set(), is_protected=False)

@@ -36,6 +36,33 @@ def mark_computed(tree: ast.AST, names: Collection[str]) -> None:
                 node.is_computed = name in names  # type: ignore[attr-defined]
 
 
+def mark_aliases(tree: ast.AST, names: Collection[str]) -> None:
+    """Mark the reads of variables that may be another name of one of these attributes, as those of the attribute."""
+    aliases: set[str] = set()
+
+    def may_be_one(value: ast.AST) -> bool:
+        return any(
+            (isinstance(node, ast.Attribute) and node.attr in names)
+            or (isinstance(node, ast.Constant) and node.value in names)  # getattr(self.bn, "running_mean")
+            or (isinstance(node, ast.Name) and node.id in aliases)
+            for node in ast.walk(value)
+        )
+
+    def assigned() -> Iterator[str]:
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For)):
+                value = node.iter if isinstance(node, ast.For) else node.value
+                if value is not None and may_be_one(value):
+                    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                        yield from names_written(target)
+
+    while new := set(assigned()) - aliases:
+        aliases |= new
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in aliases:
+            node.is_computed = True  # type: ignore[attr-defined]
+
+
 def is_inert(node: ast.AST | None) -> bool:
     """Whether evaluating the node does nothing but look at variables and attributes."""
     if getattr(node, "is_computed", False):

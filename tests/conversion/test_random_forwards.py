@@ -92,7 +92,7 @@ class Parts(nn.Module):
 
 
 CHILDREN = ["conv", "seen_conv", "bn", "bn", "bn1", "seen_bn", "relu", "relu_", "leaky", "seen_act", "identity", "drop"]
-CHILDREN += ["sequence", "act_sequence", "inner", "finish", "layers[1]", "method"]
+CHILDREN += ["sequence", "act_sequence", "inner", "finish", "layers[1]", "layers[n % 5]", "layers[min(n, 4)]", "method"]
 UNARY = [
     "F.relu({})",
     "F.relu({}, inplace=True)",
@@ -182,7 +182,7 @@ def statements(draw, depth=2, in_loop=False):
                 lines += [f"    return {draw(expressions(1))}"]
             return lines
         case "for":
-            return ["for _ in range(2):", *indented(loop_body)]
+            return [f"for _ in range({draw(st.sampled_from(['2', '2', 'n % 3', 'n']))}):", *indented(loop_body)]
         case "layers":
             return ["for layer in self.layers:", *indented(loop_body), f"    {v} = layer({w})"]
         case "while":
@@ -342,6 +342,13 @@ NOTICED = {
     ),
     "the counter, negated": (
         "n = self.bn.num_batches_tracked\nz = x * 3\ny = self.bn(x)\nif not n:\n    z = x\nreturn F.relu(y + z)"
+    ),
+    "the counter, as a number of rounds": (
+        "n = self.bn.num_batches_tracked\nz = x\ny = self.bn(x)\n"
+        "for _ in range(n):\n    z = z * 3\nreturn F.relu(y + z)"
+    ),
+    "another name of the counter, as an index": (
+        "n = self.bn.num_batches_tracked\nk = n\ny = self.bn(x)\nz = self.layers[k](x)\nreturn F.relu(y) + z"
     ),
     "the counter, in a choice before a sum": (
         "n = self.bn.num_batches_tracked\nz = x * 3\ny = self.bn(x)\nreturn F.relu((z if n else x) + y)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import sys
@@ -164,6 +165,82 @@ def test_a_file_that_was_edited_after_its_import(tmp_path, monkeypatch):
         same_training.assert_same_outputs(again, original, images())
     finally:
         del sys.modules["edited_by_the_test"]
+
+
+# A method that Python may call by itself, and a condition for which the call of a forward would run it.
+RUN_BY_PYTHON = [
+    ("__bool__", "self.other"),
+    ("__bool__", "not self.other"),
+    ("__len__", "self.other"),
+    ("__len__", "len(self.other) == 0"),
+    ("__iter__", "list(self.other) == []"),
+    ("__iter__", "max(self.other) is None"),
+    ("__iter__", "1 in self.other"),
+    ("__reversed__", "list(reversed(self.other)) == []"),
+    ("__getitem__", "self.other[0] is None"),
+    ("__contains__", "1 in self.other"),
+    ("__eq__", "1 in [self.other]"),
+    ("__eq__", "self.other == 1"),
+    ("__eq__", "1 == self.other"),
+    ("__ne__", "self.other != 1"),
+    ("__lt__", "self.other < 1"),
+    ("__ge__", "1 <= self.other"),
+    ("__neg__", "(-self.other) is None"),
+    ("__invert__", "(~self.other) is None"),
+    ("__add__", "(self.other + 1) is None"),
+    ("__radd__", "(1 + self.other) is None"),
+    ("__matmul__", "(self.other @ 1) is None"),
+    ("__or__", "(self.other | 1) is None"),
+    ("__repr__", "str(self.other) == ''"),
+    ("__getattr__", "hasattr(self.other, 'missing')"),
+    ("__getattr__", "getattr(self.other, 'missing', None)"),
+    ("__getattr__", "self.other.missing"),
+    ("computed", "hasattr(self.other, 'computed')"),
+    ("computed", "getattr(self.other, 'computed', None)"),
+    ("computed", "self.other.computed"),
+]
+ASKING = """
+import torch
+from torch import nn
+
+
+class Asking(nn.Module):
+    def __init__(self, other):
+        super().__init__()
+        self.conv, self.bn, self.bn2, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4), other
+
+    def forward(self, x):
+        y = torch.relu(self.bn(self.conv(x)))
+        if {condition}:
+            y = y * 2
+        return torch.relu(self.bn2(y))
+"""
+
+
+@pytest.mark.parametrize(("method", "condition"), RUN_BY_PYTHON)
+def test_a_report_runs_no_code_of_the_users(method, condition, tmp_path, monkeypatch):
+    ran = []
+
+    def run(self, *args):
+        ran.append(method)
+        return {"__len__": 0, "__iter__": iter(()), "__reversed__": iter(()), "__repr__": ""}.get(method, True)
+
+    own = {method: property(run) if method == "computed" else run, "__hash__": nn.Module.__hash__}
+    (tmp_path / "asking_module.py").write_text(ASKING.format(condition=condition))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("asking_module")
+    try:
+        converted = bnfused.convert(module.Asking(nn.ReLU()))
+        converted.other = type("Other", (nn.Module,), own)()
+        ran.clear()
+        report = bnfused.fusion_report(converted)
+        assert ran == []
+        assert report.counts == {"batch_norm+relu": 2}, str(report)
+        with contextlib.suppress(TypeError, ValueError):  # what the method returns may be no answer to the condition
+            converted(images().float())
+        assert ran, "a call of the forward does not run it either"
+    finally:
+        del sys.modules["asking_module"]
 
 
 def test_a_class_given_another_forward_is_reported(monkeypatch):
